@@ -1,0 +1,245 @@
+"""Model configurations: frozen dataclasses and the presets of the published models.
+
+A ``ModelConfig`` names the parts that a model has; a part that is ``None`` is absent.
+It is stored as JSON in ``model.json`` and read back by ``model_config_from_dict``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mgpt4_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class VitConfig:
+    """EVA-CLIP vision transformer, without the final norm (LAVIS ``eva_vit.py``)."""
+
+    image_size: int = 224
+    patch_size: int = 14
+    hidden_size: int = 1408
+    mlp_size: int = 6144
+    num_layers: int = 39
+    num_heads: int = 16
+    layer_norm_eps: float = 1e-6
+    output_norm_eps: float = 1e-5  # `ln_vision`, applied after the tower; 1e-6 in Hugging Face files
+    remat: bool = False
+
+    @property
+    def grid_size(self) -> int:
+        return self.image_size // self.patch_size
+
+    @property
+    def num_positions(self) -> int:
+        """Patches and the class token."""
+        return self.grid_size**2 + 1
+
+
+@dataclass(frozen=True)
+class QformerConfig:
+    """BERT with learned queries and cross-attention (LAVIS ``Qformer.py``).
+
+    ``with_text`` keeps word and position embeddings and the text feed-forward of each layer;
+    ``with_lm_head`` keeps the tied language-model head (stage 1, captioning).
+    """
+
+    hidden_size: int = 768
+    mlp_size: int = 3072
+    num_layers: int = 12
+    num_heads: int = 12
+    num_queries: int = 32
+    encoder_size: int = 1408
+    cross_attention_frequency: int = 2
+    layer_norm_eps: float = 1e-12
+    with_text: bool = False
+    with_lm_head: bool = False
+    vocab_size: int = 30523
+    max_positions: int = 512
+    dropout: float = 0.1
+    remat: bool = False
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Rotary scaling: ``linear`` divides positions; ``llama3`` slows the long wave lengths only."""
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """LLaMA decoder (Hugging Face ``LlamaForCausalLM``)."""
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    mlp_size: int = 11008
+    num_layers: int = 32
+    num_heads: int = 32
+    num_kv_heads: int = 32
+    head_dim: int = 128
+    max_positions: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    tie_embeddings: bool = False
+    remat: bool = False
+
+
+Architecture = Literal["minigpt4", "instructblip", "blip2", "llama"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which parts a model has.
+
+    * ``minigpt4``: vit, qformer (or none: ``patches_per_token`` neighbouring patches are joined),
+      projection, llama
+    * ``instructblip``: the same with a Q-Former that reads the instruction (``with_text``)
+    * ``blip2``: vit and a Q-Former with its text side and the contrastive and matching heads
+    * ``llama``: the language model alone
+    """
+
+    architecture: Architecture
+    vit: VitConfig | None = None
+    qformer: QformerConfig | None = None
+    llama: LlamaConfig | None = None
+    patches_per_token: int = 4
+    projection_size: int = 256  # width of the contrastive space of `blip2`
+
+    @property
+    def tokens_per_image(self) -> int:
+        """How many positions one picture takes in the language model's input."""
+        if self.vit is None:
+            return 0
+        if self.qformer is not None:
+            return self.qformer.num_queries
+        return (self.vit.num_positions - 1) // self.patches_per_token
+
+
+def eva_vit_g(image_size: int = 224) -> VitConfig:
+    """EVA-CLIP ViT-g/14 as BLIP-2 uses it: 39 of its 40 blocks. 986 M parameters."""
+    return VitConfig(image_size=image_size)
+
+
+def qformer_base(*, with_text: bool = False, with_lm_head: bool = False) -> QformerConfig:
+    """The BERT-base Q-Former of BLIP-2: 32 queries, 105.1 M parameters without its text side."""
+    return QformerConfig(with_text=with_text, with_lm_head=with_lm_head)
+
+
+def _llama(width: int, mlp: int, layers: int, heads: int, **fields: Any) -> LlamaConfig:
+    fields.setdefault("num_kv_heads", heads)
+    return LlamaConfig(
+        hidden_size=width, mlp_size=mlp, num_layers=layers, num_heads=heads, head_dim=width // heads, **fields
+    )
+
+
+def llama_7b(**fields: Any) -> LlamaConfig:
+    return _llama(4096, 11008, 32, 32, **fields)
+
+
+def llama_13b(**fields: Any) -> LlamaConfig:
+    return _llama(5120, 13824, 40, 40, **fields)
+
+
+def llama_33b(**fields: Any) -> LlamaConfig:
+    return _llama(6656, 17920, 60, 52, **fields)
+
+
+def llama_65b(**fields: Any) -> LlamaConfig:
+    return _llama(8192, 22016, 80, 64, **fields)
+
+
+def vicuna_7b() -> LlamaConfig:
+    """Vicuna v0: LLaMA-1 and one more row, the pad token that its authors added."""
+    return llama_7b(vocab_size=32001)
+
+
+def vicuna_13b() -> LlamaConfig:
+    return llama_13b(vocab_size=32001)
+
+
+def llama2_7b() -> LlamaConfig:
+    return llama_7b(rms_norm_eps=1e-5, max_positions=4096)
+
+
+def llama2_70b() -> LlamaConfig:
+    return _llama(8192, 28672, 80, 64, num_kv_heads=8, rms_norm_eps=1e-5, max_positions=4096)
+
+
+def llama31_8b() -> LlamaConfig:
+    """LLaMA-3.1: grouped heads and scaled rotary embeddings."""
+    return _llama(
+        4096,
+        14336,
+        32,
+        32,
+        num_kv_heads=8,
+        vocab_size=128256,
+        rms_norm_eps=1e-5,
+        max_positions=131072,
+        rope_theta=500000.0,
+        rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 8192),
+    )
+
+
+def minigpt4(llama: LlamaConfig, *, with_qformer: bool = True, image_size: int = 224) -> ModelConfig:
+    """MiniGPT-4 on Vicuna (with the Q-Former) or on LLaMA-2 (without it)."""
+    return ModelConfig("minigpt4", eva_vit_g(image_size), qformer_base() if with_qformer else None, llama)
+
+
+def blip2_stage1(image_size: int = 224) -> ModelConfig:
+    """The Q-Former with its text side and all three heads, as ``blip2_pretrained.pth`` holds it."""
+    return ModelConfig("blip2", eva_vit_g(image_size), qformer_base(with_text=True, with_lm_head=True))
+
+
+def model_config_to_dict(config: ModelConfig) -> dict[str, Any]:
+    return dataclasses.asdict(config)
+
+
+def model_config_from_dict(values: dict[str, Any]) -> ModelConfig:
+    """The inverse of ``model_config_to_dict``; an unknown key raises ``UserError``."""
+    return _build(ModelConfig, values, "model")
+
+
+def replace_fields(config: ModelConfig, overrides: dict[str, Any]) -> ModelConfig:
+    """Nested override: ``replace_fields(c, {"vit": {"num_layers": 3}})``; unknown keys are refused."""
+    return model_config_from_dict(_merge(model_config_to_dict(config), overrides, "model"))
+
+
+def _merge(base: dict[str, Any], overrides: dict[str, Any], path: str) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in overrides.items():
+        if key not in base:
+            raise UserError(f"unknown key {path}.{key}; known keys: {', '.join(base)}")
+        if isinstance(value, dict) and isinstance(base[key], dict):
+            value = _merge(base[key], value, f"{path}.{key}")
+        merged[key] = value
+    return merged
+
+
+def _build(kind: Any, values: Any, path: str) -> Any:
+    """Build dataclass ``kind`` from plain ``values``, recursing into dataclass fields."""
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must be a mapping of fields, got {values!r}")
+    hints = typing.get_type_hints(kind)
+    if unknown := set(values) - set(hints):
+        raise UserError(f"unknown key {path}.{sorted(unknown)[0]}; known keys: {', '.join(hints)}")
+    built: dict[str, Any] = {}
+    for key, value in values.items():
+        nested = _dataclass_in(hints[key])
+        built[key] = _build(nested, value, f"{path}.{key}") if nested and value is not None else value
+    return kind(**built)
+
+
+def _dataclass_in(hint: Any) -> Any:
+    """The dataclass that ``X`` or ``X | None`` names, if any."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return next((option for option in options if dataclasses.is_dataclass(option)), None)

@@ -1,0 +1,10 @@
+"""The one exception that a user is meant to read."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Bad input: one line that names the file, key or value, and the mend.
+
+    The command line prints it without a traceback and exits with code 2.
+    """

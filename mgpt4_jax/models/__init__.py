@@ -1,0 +1,50 @@
+"""The models: jax and flax only. They know logical axis names, never meshes, and never tokenise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mgpt4_jax.config import ModelConfig
+from mgpt4_jax.models.blip2 import Blip2
+from mgpt4_jax.models.minigpt4 import MiniGPT4
+from mgpt4_jax.typing import DType
+
+
+def build(config: ModelConfig, dtype: DType = jnp.float32) -> nn.Module:
+    """The Linen module of a configuration; ``dtype`` is what it computes in."""
+    return Blip2(config, dtype) if config.architecture == "blip2" else MiniGPT4(config, dtype)
+
+
+def example_inputs(config: ModelConfig) -> tuple[Any, ...]:
+    """The smallest inputs that reach every parameter, for ``init``."""
+    ids = jnp.zeros((1, 1), jnp.int32)
+    if config.vit is None:
+        return ids, ids - 1, None
+    pixels = jnp.zeros((1, config.vit.image_size, config.vit.image_size, 3))
+    if config.architecture == "blip2":
+        return pixels, ids, ids == 0
+    with_text = config.qformer is not None and config.qformer.with_text
+    text = (ids[None], ids[None] == 0) if with_text else (None, None)
+    return ids, ids, pixels[None], None, *text
+
+
+def boxed_params(config: ModelConfig) -> Any:
+    """Abstract parameters with their logical axis names (``nn.LogicallyPartitioned`` leaves)."""
+    module = build(config)
+    return jax.eval_shape(lambda key: module.init(key, *example_inputs(config)), jax.random.key(0))["params"]
+
+
+def abstract_params(config: ModelConfig) -> Any:
+    """Shapes of every parameter, float32, without computing anything."""
+    return nn.unbox(boxed_params(config))
+
+
+def num_parameters(config: ModelConfig) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)))
+
+
+__all__ = ["Blip2", "MiniGPT4", "abstract_params", "boxed_params", "build", "example_inputs", "num_parameters"]

@@ -1,0 +1,168 @@
+"""What the towers share: attention, rotary positions, and Linen layers with named axes.
+
+Logical axis names ("embed", "heads", "mlp", ...) stand on every parameter; ``sharding.py`` maps
+them to a mesh. Norms and softmax are computed in float32 whatever the compute dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mgpt4_jax.config import RopeScaling
+from mgpt4_jax.typing import Array, Bool, DType, Float, Int
+
+Cache = tuple[Array, Array]
+"""Keys and values of one layer, each ``[b s k h]``; a stack of layers has a leading ``l``."""
+
+
+def attend(
+    query: Float[Array, "b t n h"],
+    key: Float[Array, "b s k h"],
+    value: Float[Array, "b s k h"],
+    mask: Bool[Array, "b t s"] | None,
+    *,
+    scale: float | None = None,
+) -> Float[Array, "b t n h"]:
+    """Scaled dot-product attention; ``n`` query heads share ``k`` key heads in groups of ``n / k``.
+
+    The softmax is taken in float32. A row without any allowed key gets the mean of the values.
+    """
+    b, t, n, h = query.shape
+    k = key.shape[2]
+    query = query.reshape(b, t, k, n // k, h) * (h**-0.5 if scale is None else scale)
+    logits = jnp.einsum("btkgh,bskh->bkgts", query, key, preferred_element_type=jnp.float32)
+    if mask is not None:
+        logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", weights, value).reshape(b, t, n, h)
+
+
+def rotary_angles(
+    positions: Int[Array, "b t"], head_dim: int, theta: float, scaling: RopeScaling | None
+) -> Float[Array, "b t h/2"]:
+    """Angles in radians of each position and frequency (RoFormer; Hugging Face ``modeling_rope_utils``)."""
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    if scaling is not None:
+        frequencies = _scale_frequencies(frequencies, scaling)
+    return positions[..., None].astype(jnp.float32) * frequencies
+
+
+def _scale_frequencies(frequencies: Float[Array, h / 2], scaling: RopeScaling) -> Float[Array, h / 2]:
+    slowed = frequencies / scaling.factor
+    if scaling.kind == "linear":
+        return slowed
+    # LLaMA-3: wave lengths beyond original/low are slowed, below original/high kept, between blended.
+    turns = scaling.original_max_positions * frequencies / (2 * math.pi)
+    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    blend = jnp.clip(blend, 0.0, 1.0)
+    return blend * frequencies + (1 - blend) * slowed
+
+
+def rotate(x: Float[Array, "b t n h"], angles: Float[Array, "b t h/2"]) -> Float[Array, "b t n h"]:
+    """Rotary embedding in the layout of Hugging Face: the two halves of a head are the coordinates."""
+    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+def embed_with_images(
+    text: Float[Array, "b t d"], slots: Int[Array, "b t"], images: Float[Array, "b s d"]
+) -> Float[Array, "b t d"]:
+    """Put image tokens into a text: where ``slots`` is not -1 it indexes the row's image tokens."""
+    gathered = jnp.take_along_axis(images, jnp.maximum(slots, 0)[..., None], axis=1)
+    return jnp.where((slots >= 0)[..., None], gathered.astype(text.dtype), text)
+
+
+def dense(
+    features: int | Sequence[int],
+    axes: tuple[str | None, ...],
+    *,
+    name: str,
+    dtype: DType,
+    inputs: int = 1,
+    use_bias: bool = True,
+) -> nn.DenseGeneral:
+    """A linear map of the last ``inputs`` axes onto ``features``; ``axes`` names the kernel's axes."""
+    return nn.DenseGeneral(
+        features,
+        axis=tuple(range(-inputs, 0)),
+        use_bias=use_bias,
+        dtype=dtype,
+        kernel_init=nn.with_logical_partitioning(nn.initializers.truncated_normal(0.02), axes),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[inputs:]),
+        name=name,
+    )
+
+
+def layer_norm(epsilon: float, *, name: str, dtype: DType) -> nn.LayerNorm:
+    """LayerNorm over the last axis, statistics in float32 by the two-pass formula (as PyTorch)."""
+    return nn.LayerNorm(
+        epsilon=epsilon,
+        dtype=dtype,
+        use_fast_variance=False,
+        scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
+        bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ("norm",)),
+        name=name,
+    )
+
+
+def rms_norm(epsilon: float, *, name: str, dtype: DType) -> nn.RMSNorm:
+    return nn.RMSNorm(
+        epsilon=epsilon,
+        dtype=dtype,
+        scale_init=nn.with_logical_partitioning(nn.initializers.ones, ("norm",)),
+        name=name,
+    )
+
+
+def embedding(num: int, features: int, axes: tuple[str | None, str | None], *, name: str, dtype: DType) -> nn.Embed:
+    return nn.Embed(
+        num,
+        features,
+        dtype=dtype,
+        embedding_init=nn.with_logical_partitioning(nn.initializers.normal(0.02), axes),
+        name=name,
+    )
+
+
+def feed_forward(x: Float[Array, "b t d"], mlp_size: int, dtype: DType) -> Float[Array, "b t d"]:
+    """fc1, exact (erf) GELU, fc2: called inside a compact module, which then owns ``fc1`` and ``fc2``."""
+    hidden = dense(mlp_size, ("embed", "mlp"), name="fc1", dtype=dtype)(x)
+    return dense(x.shape[-1], ("mlp", "embed"), name="fc2", dtype=dtype)(nn.gelu(hidden, approximate=False))
+
+
+def scan_layers(
+    layer: nn.Module,
+    x: Float[Array, "b t d"],
+    *shared: Any,
+    length: int,
+    remat: bool,
+    caches: Cache | None = None,
+) -> tuple[Float[Array, "b t d"], Cache | None]:
+    """Apply ``layer`` ``length`` times: one compiled body, parameters stacked along a leading ``l``.
+
+    The layer takes ``(x, *shared, cache)`` and returns ``(x, cache)``; ``caches`` has a leading ``l`` too,
+    and without caches none are kept. What a layer sows into ``intermediates`` is stacked, which is what
+    layer-by-layer parity reads.
+    """
+
+    def body(layer: nn.Module, x: Array, cache: Cache | None, *shared: Any) -> tuple[Array, Cache | None]:
+        x, new_cache = layer(x, *shared, cache)
+        return x, None if cache is None else new_cache
+
+    scanned = nn.scan(
+        nn.remat(body, prevent_cse=False) if remat else body,
+        variable_axes={"params": 0, "intermediates": 0},
+        split_rngs={"params": True, "dropout": True},
+        length=length,
+        in_axes=(0,) + (nn.broadcast,) * len(shared),
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+    return scanned(layer, x, caches, *shared)
