@@ -53,7 +53,7 @@ def rotary_angles(
     return positions[..., None].astype(jnp.float32) * frequencies
 
 
-def _scale_frequencies(frequencies: Float[Array, h / 2], scaling: RopeScaling) -> Float[Array, h / 2]:
+def _scale_frequencies(frequencies: Float[Array, " half"], scaling: RopeScaling) -> Float[Array, " half"]:
     slowed = frequencies / scaling.factor
     if scaling.kind == "linear":
         return slowed

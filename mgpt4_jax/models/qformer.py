@@ -196,7 +196,7 @@ class QformerLmHead(nn.Module):
     dtype: DType
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], Float[Array, v]]:
+    def __call__(self, x: Float[Array, "b t d"]) -> tuple[Float[Array, "b t d"], Float[Array, " v"]]:
         x = dense(self.config.hidden_size, ("embed", None), name="dense", dtype=self.dtype)(x)
         x = layer_norm(self.config.layer_norm_eps, name="norm", dtype=self.dtype)(nn.gelu(x, approximate=False))
         init = nn.with_logical_partitioning(nn.initializers.zeros, ("vocab",))
