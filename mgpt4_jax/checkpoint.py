@@ -1,0 +1,260 @@
+"""Model directories: ``model.json``, ``params/`` and the tokenisers. Nothing in them is pickled.
+
+``params/`` is an Orbax checkpoint (zarr3, one array a parameter, stacked layers). It is written slice by
+slice through TensorStore, the library under Orbax: handing Orbax a whole stacked parameter takes three
+times its size in memory, and a 7B parameter is 2.9 GB. A chunk holds one layer and carries a checksum,
+so a layer can be read alone and an altered file is refused by name. Orbax restores the same directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import tensorstore
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from mgpt4_jax.config import ModelConfig, model_config_from_dict, model_config_to_dict
+from mgpt4_jax.errors import UserError
+from mgpt4_jax.models import abstract_params
+from mgpt4_jax.sharding import param_shardings
+from mgpt4_jax.typing import DType
+
+FORMAT_VERSION = 1
+_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file that a model was converted from."""
+
+    role: str  # vit, qformer, llm, llm_delta, projection, model
+    name: str
+    size: int  # bytes
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ModelManifest:
+    """What ``model.json`` says."""
+
+    config: ModelConfig
+    template: str
+    num_parameters: int
+    dtypes: dict[str, str]  # parameter path -> dtype on disk
+    sources: tuple[SourceFile, ...] = ()
+    format_version: int = FORMAT_VERSION
+
+    def write(self, model_dir: Path) -> None:
+        values = {
+            "format_version": self.format_version,
+            "config": model_config_to_dict(self.config),
+            "template": self.template,
+            "num_parameters": self.num_parameters,
+            "sources": [dataclasses.asdict(source) for source in self.sources],
+            "dtypes": self.dtypes,
+        }
+        (model_dir / "model.json").write_text(json.dumps(values, indent=1) + "\n")
+
+
+def read_manifest(model_dir: Path | str) -> ModelManifest:
+    """Raises ``UserError`` when this is not a model directory of a version that we read."""
+    path = Path(model_dir) / "model.json"
+    if not path.is_file():
+        raise UserError(f"{model_dir}: not a model directory (no model.json); `mgpt4 convert` makes one")
+    try:
+        values = json.loads(path.read_text())
+        if values["format_version"] != FORMAT_VERSION:
+            raise UserError(f"{path}: format version {values['format_version']}, this program reads {FORMAT_VERSION}")
+        return ModelManifest(
+            config=model_config_from_dict(values["config"]),
+            template=values["template"],
+            num_parameters=values["num_parameters"],
+            dtypes=values["dtypes"],
+            sources=tuple(SourceFile(**source) for source in values["sources"]),
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged ({error!r}); convert the model again") from error
+
+
+@contextlib.contextmanager
+def new_directory(out: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
+    """A directory beside ``out`` that takes its name only when the block succeeds; else nothing is left."""
+    out = Path(out)
+    if out.exists() and not overwrite:
+        raise UserError(f"{out}: exists already; choose another name or pass --overwrite")
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if out.exists():
+            old = out.with_name(out.name + ".old")
+            shutil.rmtree(old, ignore_errors=True)
+            out.rename(old)
+            partial.rename(out)
+            shutil.rmtree(old)
+        else:
+            partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+class LeafWriter:
+    """One parameter on disk, written whole or one stacked layer at a time."""
+
+    def __init__(self, store: tensorstore.TensorStore):
+        self._store = store
+        self._pending: Any = None
+
+    def write(self, layer: int | None, values: np.ndarray) -> None:
+        """``layer`` indexes the leading axis; None writes everything. One write is in flight at a time."""
+        target = self._store if layer is None else self._store[layer]
+        if tuple(values.shape) != tuple(target.shape):
+            raise ValueError(f"expected shape {tuple(target.shape)}, got {values.shape}")
+        self.flush()
+        self._pending = target.write(np.ascontiguousarray(values))
+
+    def flush(self) -> None:
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+
+
+class ParamsWriter:
+    """Writes the ``params`` folder of a model directory, in bounded memory."""
+
+    def __init__(self, model_dir: Path):
+        self.dtypes: dict[str, str] = {}
+        self._params_dir = model_dir / "params"
+        self._params_dir.mkdir(parents=True)
+
+    def create(self, path: str, shape: tuple[int, ...], dtype: DType) -> LeafWriter:
+        """Room for the parameter ``path`` ("llama/norm/scale"); a stacked one is cut into layers."""
+        name = jnp.dtype(dtype).name
+        if name not in _DTYPES:
+            raise UserError(f"{path}: dtype {name} cannot be stored; use one of {', '.join(_DTYPES)}")
+        chunk = (1, *shape[1:]) if is_stacked(path) else shape
+        codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+        metadata = {
+            "shape": shape,
+            "data_type": name,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
+            "codecs": codecs,
+        }
+        spec = _spec(self._params_dir, path) | {"metadata": metadata, "store_data_equal_to_fill_value": True}
+        self.dtypes[path] = name
+        return LeafWriter(tensorstore.open(spec, create=True).result())
+
+    def finish(self) -> None:
+        """Add Orbax's own description of the tree, so that Orbax restores the folder too."""
+        import orbax.checkpoint as ocp
+
+        tree = nest({path: np.zeros((), _DTYPES[name]) for path, name in self.dtypes.items()})
+        described = self._params_dir.with_name("params.described")
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True)) as checkpointer:
+            checkpointer.save(described.absolute(), args=ocp.args.PyTreeSave(tree))
+        for file in described.iterdir():
+            if file.is_file():
+                file.rename(self._params_dir / file.name)
+        shutil.rmtree(described)
+
+
+def write_model(model_dir: Path, params: Any, manifest_fields: dict[str, Any]) -> None:
+    """Write a whole tree that is in memory (a trained or random model) and its ``model.json``."""
+    writer = ParamsWriter(model_dir)
+    for path, leaf in flatten(params).items():
+        slot = writer.create(path, leaf.shape, leaf.dtype)
+        slot.write(None, np.asarray(leaf))
+        slot.flush()
+    writer.finish()
+    ModelManifest(dtypes=writer.dtypes, **manifest_fields).write(model_dir)
+
+
+def read_leaf(model_dir: Path | str, path: str, layer: int | None = None) -> np.ndarray:
+    """One parameter, or one layer of a stacked one, in the dtype on disk."""
+    store = _open(Path(model_dir), path)
+    return _read(store if layer is None else store[layer], model_dir, path)
+
+
+def load_params(model_dir: Path | str, dtype: DType | None = None, mesh: Mesh | None = None) -> dict[str, Any]:
+    """The whole tree as arrays of ``dtype`` (None: as on disk), cut over ``mesh`` if there is one.
+
+    Each device's part is read on its own, so no process holds more than its share and one slice.
+    """
+    manifest = read_manifest(model_dir)
+    expected = flatten(abstract_params(manifest.config))
+    if difference := sorted(set(expected) ^ set(manifest.dtypes)):
+        raise UserError(f"{model_dir}/model.json: parameters do not fit the configuration, first {difference[0]}")
+    single = SingleDeviceSharding(jax.devices()[0])
+    shardings = flatten(param_shardings(manifest.config, mesh)) if mesh else dict.fromkeys(expected, single)
+
+    def load(path: str) -> jax.Array:
+        store = _open(Path(model_dir), path)
+        if tuple(store.shape) != expected[path].shape:
+            raise UserError(f"{model_dir}: {path} has shape {store.shape}, expected {expected[path].shape}")
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            return _read(store[index], model_dir, path).astype(dtype or manifest.dtypes[path], copy=False)
+
+        return jax.make_array_from_callback(expected[path].shape, shardings[path], part)
+
+    return nest({path: load(path) for path in expected})
+
+
+def is_stacked(path: str) -> bool:
+    """Whether the leading axis of a parameter counts layers."""
+    return path.startswith(("vit/blocks/", "qformer/layers/", "llama/layers/"))
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """``{"llama/norm/scale": leaf}``, in the order of the tree."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def nest(leaves: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of ``flatten``."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+def _spec(params_dir: Path, path: str) -> dict[str, Any]:
+    kvstore = {"driver": "file", "path": str(params_dir.absolute() / path.replace("/", "."))}
+    return {"driver": "zarr3", "kvstore": kvstore}
+
+
+def _open(model_dir: Path, path: str) -> tensorstore.TensorStore:
+    try:
+        # Without this a chunk file that is gone would read as zeros; hence zeros are always stored.
+        return tensorstore.open(_spec(model_dir / "params", path) | {"fill_missing_data_reads": False}).result()
+    except (ValueError, OSError) as error:
+        raise _damaged(model_dir, path, error) from error
+
+
+def _read(store: tensorstore.TensorStore, model_dir: Path | str, path: str) -> np.ndarray:
+    try:
+        return store.read().result()
+    except (ValueError, OSError) as error:
+        raise _damaged(model_dir, path, error) from error
+
+
+def _damaged(model_dir: Path | str, path: str, error: Exception) -> UserError:
+    reason = str(error).splitlines()[0][:200]
+    return UserError(f"{model_dir}: parameter {path} is missing or damaged, convert the model again ({reason})")
