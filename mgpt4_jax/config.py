@@ -93,7 +93,7 @@ class LlamaConfig:
     remat: bool = False
 
 
-Architecture = Literal["minigpt4", "instructblip", "blip2", "llama"]
+Architecture = Literal["minigpt4", "instructblip", "blip2", "encoder", "llama"]
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,7 @@ class ModelConfig:
       projection, llama
     * ``instructblip``: the same with a Q-Former that reads the instruction (``with_text``)
     * ``blip2``: vit and a Q-Former with its text side and the contrastive and matching heads
+    * ``encoder``: the picture side alone: vit, qformer, or both
     * ``llama``: the language model alone
     """
 

@@ -10,18 +10,25 @@ import jax.numpy as jnp
 
 from mgpt4_jax.config import ModelConfig
 from mgpt4_jax.models.blip2 import Blip2
+from mgpt4_jax.models.encoder import Encoder
 from mgpt4_jax.models.minigpt4 import MiniGPT4
 from mgpt4_jax.typing import DType
 
 
 def build(config: ModelConfig, dtype: DType = jnp.float32) -> nn.Module:
     """The Linen module of a configuration; ``dtype`` is what it computes in."""
-    return Blip2(config, dtype) if config.architecture == "blip2" else MiniGPT4(config, dtype)
+    modules = {"blip2": Blip2, "encoder": Encoder}
+    return modules.get(config.architecture, MiniGPT4)(config, dtype)
 
 
 def example_inputs(config: ModelConfig) -> tuple[Any, ...]:
     """The smallest inputs that reach every parameter, for ``init``."""
     ids = jnp.zeros((1, 1), jnp.int32)
+    if config.architecture == "encoder":
+        text = (ids, ids == 0) if config.qformer is not None and config.qformer.with_text else ()
+        if config.vit is None:
+            return jnp.zeros((1, 1, config.qformer.encoder_size)), *text
+        return jnp.zeros((1, config.vit.image_size, config.vit.image_size, 3)), *text
     if config.vit is None:
         return ids, ids - 1, None
     pixels = jnp.zeros((1, config.vit.image_size, config.vit.image_size, 3))
@@ -47,4 +54,13 @@ def num_parameters(config: ModelConfig) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)))
 
 
-__all__ = ["Blip2", "MiniGPT4", "abstract_params", "boxed_params", "build", "example_inputs", "num_parameters"]
+__all__ = [
+    "Blip2",
+    "Encoder",
+    "MiniGPT4",
+    "abstract_params",
+    "boxed_params",
+    "build",
+    "example_inputs",
+    "num_parameters",
+]

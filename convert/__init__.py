@@ -1,0 +1,1 @@
+"""PyTorch weights to model directories and back. Nothing else in the library imports this."""

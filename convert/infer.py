@@ -1,0 +1,35 @@
+"""Find out from the files what model they make, and which table reads which file.
+
+Shapes and ``config.json`` tell almost everything. What they cannot tell (the number of heads) is known
+for the published widths; for any other the error names the override to give. Nothing is guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .huggingface import infer_hugging_face
+from .inferred import Inferred, Overrides
+from .lavis import LavisFiles
+from .readers import Source
+
+
+def infer(
+    sources: Mapping[str, Source], overrides: Overrides | None = None, *, allow_llm_mismatch: bool = False
+) -> Inferred:
+    """``sources`` by role: vit, qformer, llm, projection, or model (a whole Hugging Face directory).
+
+    Raises ``UserError`` for parts that do not belong together or are not supported.
+    """
+    overrides = overrides or {}
+    model = sources.get("model")
+    if model is None:
+        result = LavisFiles(sources, overrides, allow_llm_mismatch).infer()
+    elif (model.config or {}).get("model_type") == "llama":
+        result = LavisFiles({"llm": model}, overrides, allow_llm_mismatch).infer()
+    else:
+        result = infer_hugging_face(model, overrides)
+    for part in overrides:
+        if part in ("vit", "qformer", "llama") and getattr(result.config, part) is None:
+            result.warnings.append(f"the overrides of {part} have no effect: this model has no {part}")
+    return result
