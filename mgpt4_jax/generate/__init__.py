@@ -1,0 +1,1 @@
+"""Answering: sampling, the engine with its slots, JSONL batches and chat."""
