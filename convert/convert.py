@@ -1,0 +1,205 @@
+"""From weight files to a model directory: infer, plan, then stream; nothing is left behind on failure."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from mgpt4_jax.checkpoint import ModelManifest, ParamsWriter, SourceFile, new_directory
+from mgpt4_jax.errors import UserError
+from mgpt4_jax.models import abstract_params
+
+from .infer import infer
+from .inferred import Inferred, Overrides
+from .readers import Source, SumSource, open_source
+from .report import Report, summarize
+from .rules import Plan, apply, plan
+
+Paths = str | Path
+Progress = Callable[[int, int], None]
+_HASH_BLOCK = 1 << 22
+_TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+)
+_VOCABULARIES = ("tokenizer.model", "tokenizer.json", "vocab.txt", "vocab.json")
+
+
+def convert(
+    *,
+    vit: Paths | None = None,
+    qformer: Paths | None = None,
+    llm: Paths | None = None,
+    llm_delta: Paths | None = None,
+    projection: Paths | None = None,
+    from_dir: Paths | None = None,
+    out: Paths,
+    template: str | None = None,
+    overrides: Overrides | None = None,
+    image_size: int | None = None,
+    tokenizer: Paths | None = None,
+    qformer_tokenizer: Paths | None = None,
+    allow_llm_mismatch: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Convert published PyTorch weights to the model directory ``out``.
+
+    * ``vit``, ``qformer``, ``llm``, ``projection``: ``eva_vit_g.pth``, ``blip2_pretrained*.pth``, a Hugging
+      Face LLaMA directory, ``pretrained_minigpt4*.pth``; parts may be absent (the language model alone, the
+      picture side alone). ``llm_delta``: Vicuna's delta weights, added to the LLaMA of ``llm``.
+    * ``from_dir``: instead of all these, one Hugging Face directory (Blip2*, InstructBlip with Vicuna, LLaMA).
+    * ``overrides``: what the files cannot tell, ``{"vit": {"num_heads": 4}}``; ``image_size`` in pixels resizes
+      the position embeddings.
+    * ``tokenizer``, ``qformer_tokenizer``: directories to copy; by default those beside the language model.
+    * ``progress(done, total)`` is called with bytes.
+
+    Tensors keep the dtype of the file. Raises ``UserError``; ``out`` then is as it was.
+    """
+    sources = open_sources(vit, qformer, llm, llm_delta, projection, from_dir)
+    if image_size is not None:
+        overrides = {**(overrides or {}), "vit": {**(overrides or {}).get("vit", {}), "image_size": image_size}}
+    inferred = infer(sources, overrides, allow_llm_mismatch=allow_llm_mismatch)
+    planned = plan(inferred.parts, abstract_params(inferred.config))
+    _check_space(Path(out), planned.num_bytes)
+    with new_directory(out, overwrite=overwrite) as partial:
+        with _hashing(sources) as hashes:
+            writer = ParamsWriter(partial)
+            apply(planned, writer, progress)
+            writer.finish()
+            files = tuple(future.result() for future in hashes)
+        language = sources.get("llm") or sources.get("model")
+        _copy_tokenizers(partial, inferred, language, tokenizer, qformer_tokenizer)
+        manifest = ModelManifest(
+            config=inferred.config,
+            template=template or inferred.template,
+            num_parameters=planned.num_parameters,
+            dtypes=writer.dtypes,
+            sources=files,
+        )
+        manifest.write(partial)
+    return summarize(Path(out), planned, inferred, manifest)
+
+
+def plan_conversion(
+    *,
+    vit: Paths | None = None,
+    qformer: Paths | None = None,
+    llm: Paths | None = None,
+    llm_delta: Paths | None = None,
+    projection: Paths | None = None,
+    from_dir: Paths | None = None,
+    overrides: Overrides | None = None,
+    allow_llm_mismatch: bool = False,
+) -> tuple[Inferred, Plan]:
+    """What ``convert`` would do, without doing it: also how ``verify`` finds the source of a parameter."""
+    sources = open_sources(vit, qformer, llm, llm_delta, projection, from_dir)
+    inferred = infer(sources, overrides, allow_llm_mismatch=allow_llm_mismatch)
+    return inferred, plan(inferred.parts, abstract_params(inferred.config))
+
+
+def open_sources(
+    vit: Paths | None = None,
+    qformer: Paths | None = None,
+    llm: Paths | None = None,
+    llm_delta: Paths | None = None,
+    projection: Paths | None = None,
+    from_dir: Paths | None = None,
+) -> dict[str, Source]:
+    """Open the files, by role; refuse combinations that mean nothing."""
+    paths = {"vit": vit, "qformer": qformer, "llm": llm, "projection": projection}
+    named = {role: path for role, path in paths.items() if path is not None}
+    if from_dir is not None:
+        if named or llm_delta is not None:
+            raise UserError(f"--from {from_dir} is a whole model; leave out --{next(iter(named), 'llm-delta')}")
+        return {"model": open_source(from_dir)}
+    if not named:
+        raise UserError("nothing to convert: give --vit, --qformer, --llm, --projection, or --from DIR")
+    if llm_delta is not None and llm is None:
+        raise UserError(f"--llm-delta {llm_delta} needs --llm, the LLaMA weights that it is added to")
+    sources = {role: open_source(path) for role, path in named.items()}
+    if llm_delta is not None:
+        sources["llm"] = SumSource(sources["llm"], open_source(llm_delta))
+    return sources
+
+
+def _check_space(out: Path, needed: int) -> None:
+    parent = out.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise UserError(f"{out}: needs {needed / 1e9:.1f} GB, only {free / 1e9:.1f} GB are free on that disk")
+
+
+@contextlib.contextmanager
+def _hashing(sources: Mapping[str, Source]):
+    """Hash the files on a second thread while the first converts them; yields futures of ``SourceFile``."""
+    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sha256")
+    try:
+        jobs: list[Future[SourceFile]] = []
+        for role, source in sources.items():
+            for base in (source.base, source.delta) if isinstance(source, SumSource) else (source,):
+                name = "llm_delta" if isinstance(source, SumSource) and base is source.delta else role
+                jobs += [pool.submit(_hash, name, path) for path in base.files]
+        yield jobs
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _hash(role: str, path: Path) -> SourceFile:
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while block := file.read(_HASH_BLOCK):
+            digest.update(block)
+            size += len(block)
+    return SourceFile(role, path.name, size, digest.hexdigest())
+
+
+def _copy_tokenizers(
+    partial: Path,
+    inferred: Inferred,
+    language: Source | None,
+    tokenizer: Paths | None,
+    qformer_tokenizer: Paths | None,
+) -> None:
+    """``tokenizer/`` for the language model, ``qformer_tokenizer/`` for a Q-Former that reads text."""
+    config, home = inferred.config, None if language is None else language.path
+    if config.llama is not None:
+        found = Path(tokenizer) if tokenizer is not None else home
+        if tokenizer is None and isinstance(language, SumSource) and not _has_vocabulary(found):
+            found = language.base.path
+        _copy_tokenizer(found, partial / "tokenizer", "tokenizer", tokenizer is not None, inferred)
+    if config.qformer is not None and config.qformer.with_text:
+        found = Path(qformer_tokenizer) if qformer_tokenizer is not None else None
+        if found is None and home is not None:
+            found = home / "qformer_tokenizer" if config.architecture == "instructblip" else home
+        _copy_tokenizer(
+            found, partial / "qformer_tokenizer", "qformer-tokenizer", qformer_tokenizer is not None, inferred
+        )
+
+
+def _has_vocabulary(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in _VOCABULARIES)
+
+
+def _copy_tokenizer(found: Path | None, target: Path, option: str, asked: bool, inferred: Inferred) -> None:
+    if found is None or not _has_vocabulary(found):
+        if asked:
+            raise UserError(f"{found}: holds no tokenizer (looked for {', '.join(_VOCABULARIES)})")
+        inferred.warnings.append(f"no tokenizer beside the weights; give --{option} DIR before you ask in words")
+        return
+    target.mkdir()
+    for name in _TOKENIZER_FILES:
+        if (found / name).is_file():
+            shutil.copyfile(found / name, target / name)
