@@ -1,0 +1,45 @@
+"""Losses against PyTorch's cross-entropy."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from mgpt4_jax.losses import IGNORED, caption_loss, token_losses
+
+
+@pytest.fixture
+def batch():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(3, 11, 17)).astype(np.float32) * 3
+    targets = rng.integers(0, 17, (3, 11))
+    targets[:, :4] = IGNORED
+    targets[1, 7:] = IGNORED
+    return logits, targets
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_value_and_gradient_equal_torch(batch, smoothing):
+    logits, targets = batch
+    (loss, metrics), gradient = jax.value_and_grad(
+        lambda x: caption_loss(x, targets, label_smoothing=smoothing), has_aux=True
+    )(logits)
+    theirs = torch.tensor(logits, requires_grad=True)
+    expected = torch.nn.functional.cross_entropy(
+        theirs[:, :-1].reshape(-1, 17), torch.tensor(targets[:, 1:]).reshape(-1), label_smoothing=smoothing
+    )
+    expected.backward()
+    np.testing.assert_allclose(loss, expected.item(), rtol=1e-6)
+    np.testing.assert_allclose(gradient, theirs.grad.numpy(), atol=1e-7)
+    assert metrics["num_tokens"] == (targets[:, 1:] != IGNORED).sum()
+
+
+def test_ignored_positions_are_zero_and_a_batch_without_targets_is_finite(batch):
+    logits, targets = batch
+    losses, counted = token_losses(logits, targets)
+    assert losses.shape == counted.shape == (3, 10)
+    assert np.all(np.asarray(losses)[~np.asarray(counted)] == 0)
+    loss, metrics = caption_loss(logits, np.full_like(targets, IGNORED))
+    assert loss == 0 and metrics["num_tokens"] == 0
