@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mgpt4_jax.config import LlamaConfig, RopeScaling
+from mgpt4_jax.config import LlamaConfig, ModelConfig, QformerConfig, RopeScaling, VitConfig
 from mgpt4_jax.errors import UserError
 
 Values = Mapping[str, Any]
@@ -66,3 +66,93 @@ def require(values: Values, file: str, key: str, default: Any, wanted: Any) -> N
     found = values.get(key, default)
     if found != wanted:
         raise UserError(f"{file}: {key} is {found!r}; only {wanted!r} is supported")
+
+
+def export_config(config: ModelConfig, dtypes: dict[str, str]) -> dict[str, Any]:
+    """``config.json`` that ``transformers`` builds the same model from."""
+    dtype = max(set(dtypes.values()), key=list(dtypes.values()).count)
+    if config.architecture == "llama":
+        return {"architectures": ["LlamaForCausalLM"], **_export_llama(config.llama), "torch_dtype": dtype}
+    names = {
+        "blip2": ("Blip2ForImageTextRetrieval", "blip-2"),
+        "minigpt4": ("Blip2ForConditionalGeneration", "blip-2"),
+        "instructblip": ("InstructBlipForConditionalGeneration", "instructblip"),
+    }
+    architecture, model_type = names[config.architecture]
+    values: dict[str, Any] = {
+        "architectures": [architecture],
+        "model_type": model_type,
+        "num_query_tokens": config.qformer.num_queries,
+        "vision_config": _export_vit(config.vit, model_type),
+        "qformer_config": _export_qformer(config.qformer, model_type),
+        "torch_dtype": dtype,
+    }
+    if config.llama is not None:
+        values["text_config"] = _export_llama(config.llama)
+        values["use_decoder_only_language_model"] = True
+    else:
+        values["image_text_hidden_size"] = config.projection_size
+    return values
+
+
+def _export_llama(config: LlamaConfig) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.mlp_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_positions,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "tie_word_embeddings": config.tie_embeddings,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    if (scaling := config.rope_scaling) is not None:
+        values["rope_scaling"] = {"rope_type": scaling.kind, "factor": scaling.factor}
+        if scaling.kind == "llama3":
+            values["rope_scaling"] |= {
+                "low_freq_factor": scaling.low_freq_factor,
+                "high_freq_factor": scaling.high_freq_factor,
+                "original_max_position_embeddings": scaling.original_max_positions,
+            }
+    return values
+
+
+def _export_vit(config: VitConfig, model_type: str) -> dict[str, Any]:
+    return {
+        "model_type": f"{model_type.replace('-', '_')}_vision_model",
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.mlp_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "layer_norm_eps": config.layer_norm_eps,  # one field for the blocks and for ln_vision
+        "hidden_act": "gelu",
+        "qkv_bias": True,
+    }
+
+
+def _export_qformer(config: QformerConfig, model_type: str) -> dict[str, Any]:
+    return {
+        "model_type": f"{model_type.replace('-', '_')}_qformer",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.mlp_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "max_position_embeddings": config.max_positions,
+        "layer_norm_eps": config.layer_norm_eps,
+        "cross_attention_frequency": config.cross_attention_frequency,
+        "encoder_hidden_size": config.encoder_size,
+        "hidden_act": "gelu",
+        "use_qformer_text_input": config.with_text,
+    }

@@ -25,8 +25,6 @@ from .rules import Entry, Ignore, Part
 
 def infer_hugging_face(source: Source, overrides: Overrides) -> Inferred:
     """A ``Blip2*`` or ``InstructBlip*`` directory of Hugging Face."""
-    from .hf_config import hugging_face_parts
-
     config, grid, instructed, warnings = hugging_face_parts(source, overrides)
     config = apply_overrides(config, overrides)
     check_config(config, str(source.path))
@@ -44,7 +42,7 @@ def infer_hugging_face(source: Source, overrides: Overrides) -> Inferred:
         table.append(Ignore(r"language_(model|projection)\..*", reason))
     if config.architecture != "blip2":
         table.append(Ignore(r"(vision_projection|text_projection|itm_head)\..*", "a head that this model does not use"))
-    part = Part(str(source.path), source.keys(), table, source)
+    part = Part(str(source.path), source.tensors(), table, source)
     resized = resized_note(grid, config.vit) if grid != config.vit.grid_size else None
     return Inferred(config, [part], guess_template(config), resized, warnings)
 
@@ -74,14 +72,18 @@ def hugging_face_parts(source: Source, overrides: Values) -> tuple[ModelConfig, 
     )
     reader = QformerConfig(**{**vars(reader), "layer_norm_eps": reader_values.get("layer_norm_eps", 1e-12)})
     text_values = values.get("text_config") or {}
-    if "vision_projection.weight" in source.keys() and reader.with_text and not instructed:
+    keys = source.tensors()
+    if "vision_projection.weight" in keys and reader.with_text and not instructed:
         size = shape_of(source, "vision_projection.weight", 2)[0]
         return ModelConfig("blip2", vit, reader, projection_size=size), grid, False, []
     if instructed and text_values.get("model_type", "llama") == "llama":
         llm = llama_config(text_values, source.path)
         return ModelConfig("instructblip", vit, reader, llm), grid, True, []
+    has_language_model = any(key.startswith("language_model.") for key in keys)
+    if has_language_model and text_values.get("model_type") == "llama":
+        return ModelConfig("minigpt4", vit, reader, llama_config(text_values, source.path)), grid, False, []
     warnings = []
-    if any(key.startswith("language_model.") for key in source.keys()):
+    if has_language_model:
         name = text_values.get("model_type", "opt")
         warnings.append(f"the language model ({name}) is left out: OPT and T5 are not built yet")
     return ModelConfig("encoder", vit, reader), grid, instructed, warnings
@@ -98,7 +100,7 @@ def _vit_config(source: Source, values: Values, grid: int) -> VitConfig:
         patch_size=size,
         hidden_size=d,
         mlp_size=shape_of(source, "vision_model.encoder.layers.0.mlp.fc1.weight", 2)[0],
-        num_layers=count_layers(source.keys(), r"vision_model\.encoder\.layers\.(\d+)\."),
+        num_layers=count_layers(source.tensors(), r"vision_model\.encoder\.layers\.(\d+)\."),
         num_heads=values.get("num_attention_heads", 16),
         layer_norm_eps=eps,
         output_norm_eps=eps,

@@ -34,7 +34,7 @@ def qformer_config(
     source: Source, root: str, inner: str, embeddings: str, overrides: Overrides, heads: int | None = None
 ) -> QformerConfig:
     """Sizes from the shapes; cross-attention must stand in every n-th layer from the first."""
-    keys = source.keys()
+    keys = source.tensors()
     _, q, d = shape_of(source, "query_tokens", 3)
     layers = count_layers(keys, re.escape(root) + r"\.(\d+)\.attention\.")
     pattern = re.compile(re.escape(root) + rf"\.(\d+)\.crossattention\.{inner}\.key\.weight")
@@ -72,7 +72,7 @@ def heads_of(part: str, width: int, known: Mapping[int, int], overrides: Overrid
 
 
 def shape_of(source: Source, key: str, ndim: int) -> tuple[int, ...]:
-    info = source.keys().get(key)
+    info = source.tensors().get(key)
     if info is None:
         raise UserError(f"{source.path}: lacks {key}; the file is damaged or of another model")
     if len(info.shape) != ndim:

@@ -58,12 +58,10 @@ class LavisFiles:
         grid, layers = vit_parts
         parts = []
         for role, source in self.sources.items():
-            if role == "llm":
-                table = llama.llama(config.llama)
-            else:
-                table = self._table(role, source, config, grid, layers)
-            parts.append(Part(str(source.path), source.keys(), table, source))
-        parts[0] = Part(parts[0].name, parts[0].keys, [*parts[0].table, *self._fills(config)], parts[0].source)
+            is_language = role == "llm"
+            table = llama.llama(config.llama) if is_language else self._table(role, source, config, grid, layers)
+            parts.append(Part(str(source.path), source.tensors(), table, source))
+        parts[0] = Part(parts[0].name, parts[0].tensors, [*parts[0].table, *self._fills(config)], parts[0].source)
         resized = None
         if config.vit is not None and grid != config.vit.grid_size:
             resized = resized_note(grid, config.vit)
@@ -83,7 +81,7 @@ class LavisFiles:
         if (source := self._source("qformer")) is not None:
             reader = lavis_qformer_config(source, self.overrides)
         self._check_files(vit is not None, llm is not None)
-        keys = {} if self.owner["projection"] is None else self._source("projection").keys()
+        keys = {} if self.owner["projection"] is None else self._source("projection").tensors()
         instructed = "llm_proj.weight" in keys and reader is not None and reader.with_text
         if llm is not None and vit is None:
             architecture = "llama"
@@ -95,7 +93,7 @@ class LavisFiles:
         else:
             architecture = "encoder"
         heads = self._source("heads")
-        size = heads.keys()["vision_proj.weight"].shape[0] if architecture == "blip2" else 256
+        size = heads.tensors()["vision_proj.weight"].shape[0] if architecture == "blip2" else 256
         config = ModelConfig(architecture, vit, reader, llama_part, projection_size=size)
         config = apply_overrides(config, self.overrides)
         check_config(config, self._names())
@@ -128,7 +126,7 @@ class LavisFiles:
         file = self._source("projection")
         if file is None:
             return reader
-        name = next(name for name in PROJECTIONS if f"{name}.weight" in file.keys())
+        name = next(name for name in PROJECTIONS if f"{name}.weight" in file.tensors())
         outputs, inputs = shape_of(file, f"{name}.weight", 2)
         if outputs != llm.hidden_size:
             size = llm.hidden_size
@@ -169,7 +167,7 @@ class LavisFiles:
             Ignore(r"(t5|opt)_proj\..*", "projects into FlanT5 or OPT, not into this language model"),
             Ignore(r"llama_model\..*\.rotary_emb\.inv_freq", "a buffer: rotary frequencies are computed"),
         ]
-        prefix = "visual_encoder." if "visual_encoder.cls_token" in source.keys() else ""
+        prefix = "visual_encoder." if "visual_encoder.cls_token" in source.tensors() else ""
         if self.owner["vit"] == role:
             table += eva.lavis_vit(config.vit, prefix=prefix, source_grid=grid, source_layers=layers)
         else:
@@ -191,8 +189,8 @@ class LavisFiles:
             reason = "the contrastive and matching heads of stage 1: not part of this model"
             table.append(Ignore(r"(vision_proj|text_proj|itm_head)\..*|temp", reason))
         for name in PROJECTIONS:
-            if self.owner["projection"] == role and f"{name}.weight" in source.keys():
-                table += llama.projection(name, source.keys()[f"{name}.weight"].shape[1], config.llama.hidden_size)
+            if self.owner["projection"] == role and f"{name}.weight" in source.tensors():
+                table += llama.projection(name, source.tensors()[f"{name}.weight"].shape[1], config.llama.hidden_size)
             else:
                 table.append(Ignore(rf"{name}\..*", self._elsewhere("projection", "the projection")))
         return table
@@ -220,13 +218,13 @@ class LavisFiles:
 
 def _owner(side: str, files: Mapping[str, Source]) -> str | None:
     for role in _PRECEDENCE.get(side, _DEFAULT_PRECEDENCE):
-        if role in files and any(marker in files[role].keys() for marker in _MARKERS[side]):
+        if role in files and any(marker in files[role].tensors() for marker in _MARKERS[side]):
             return role
     return None
 
 
 def _refuse_lora(source: Source) -> None:
-    if lora := next((key for key in source.keys() if ".lora_" in key), None):
+    if lora := next((key for key in source.tensors() if ".lora_" in key), None):
         raise UserError(
             f"{source.path}: holds LoRA weights ({lora}), which are not supported yet; "
             "merge them into the language model (peft's merge_and_unload) and save the rest"
@@ -235,7 +233,7 @@ def _refuse_lora(source: Source) -> None:
 
 def lavis_vit_config(source: Source, overrides: Overrides) -> tuple[VitConfig, int, int]:
     """(configuration, grid of the file's position embeddings, blocks in the file)."""
-    keys = source.keys()
+    keys = source.tensors()
     prefix = "visual_encoder." if "visual_encoder.cls_token" in keys else ""
     layers = count_layers(keys, re.escape(prefix) + r"blocks\.(\d+)\.")
     d, _, size, _ = shape_of(source, f"{prefix}patch_embed.proj.weight", 4)

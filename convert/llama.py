@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+
 from mgpt4_jax.config import LlamaConfig
 
 from .rules import Alias, Entry, Fill, Ignore, Rule

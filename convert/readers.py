@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
+
 from mgpt4_jax.errors import UserError
 
 FLOAT_DTYPES = {
@@ -57,7 +58,7 @@ class Source(Protocol):
     wrapper: tuple[str, ...]  # what a training run saved beside {"model": ...}
     config: dict[str, Any] | None  # config.json of a Hugging Face directory
 
-    def keys(self) -> Mapping[str, TensorInfo]:
+    def tensors(self) -> Mapping[str, TensorInfo]:
         """Shapes and dtypes by name, in the order of the file."""
         ...
 
@@ -161,7 +162,7 @@ class SafetensorsFile:
     def files(self) -> tuple[Path, ...]:
         return (self.path,)
 
-    def keys(self) -> Mapping[str, TensorInfo]:
+    def tensors(self) -> Mapping[str, TensorInfo]:
         if not self._infos:
             with self._open() as file:
                 for key in file.offset_keys():
@@ -203,7 +204,7 @@ class TorchFile:
     def files(self) -> tuple[Path, ...]:
         return (self.path,)
 
-    def keys(self) -> Mapping[str, TensorInfo]:
+    def tensors(self) -> Mapping[str, TensorInfo]:
         if not self._infos:
             for key, tensor in self._load().items():
                 name = str(tensor.dtype).removeprefix("torch.")
@@ -292,7 +293,7 @@ class HuggingFaceDirectory:
             raise UserError(f"{self.path / missing[0]}: this shard is missing{more}; {AGAIN}")
         self._shards = tuple(open_file(self.path / name) for name in names)
         for shard in self._shards:
-            for key, info in shard.keys().items():
+            for key, info in shard.tensors().items():
                 if key in self._owner:
                     raise UserError(f"{shard.path}: {key} stands in {self._owner[key].path.name} too")
                 self._owner[key], self._infos[key] = shard, info
@@ -303,7 +304,7 @@ class HuggingFaceDirectory:
     def files(self) -> tuple[Path, ...]:
         return tuple(shard.path for shard in self._shards)
 
-    def keys(self) -> Mapping[str, TensorInfo]:
+    def tensors(self) -> Mapping[str, TensorInfo]:
         return self._infos
 
     def read(self, key: str) -> np.ndarray:
@@ -359,13 +360,13 @@ class SumSource:
 
     def __post_init__(self) -> None:
         buffers = re.compile(r"rotary_emb\.inv_freq$")
-        mine, theirs = ({k for k in source.keys() if not buffers.search(k)} for source in (self.base, self.delta))
+        mine, theirs = ({k for k in source.tensors() if not buffers.search(k)} for source in (self.base, self.delta))
         if odd := sorted(mine ^ theirs):
             lacking = self.delta if odd[0] in mine else self.base
             raise UserError(f"{lacking.path}: lacks {odd[0]}; base and delta must hold the same tensors")
         self._shared = theirs
         for key in theirs:
-            small, large = self.base.keys()[key].shape, self.delta.keys()[key].shape
+            small, large = self.base.tensors()[key].shape, self.delta.tensors()[key].shape
             grown = len(small) == len(large) == 2 and small[1:] == large[1:] and small[0] <= large[0]
             if small != large and not grown:
                 raise UserError(f"{self.delta.path}: {key} is {list(large)}, in the base {list(small)}; not its delta")
@@ -382,8 +383,8 @@ class SumSource:
     def files(self) -> tuple[Path, ...]:
         return self.base.files + self.delta.files
 
-    def keys(self) -> Mapping[str, TensorInfo]:
-        return self.delta.keys()
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return self.delta.tensors()
 
     def read(self, key: str) -> np.ndarray:
         delta = self.delta.read(key)

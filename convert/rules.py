@@ -8,13 +8,15 @@ table backwards.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
+
 from mgpt4_jax.checkpoint import LeafWriter, ParamsWriter, flatten, is_stacked
 from mgpt4_jax.errors import UserError
 
@@ -40,7 +42,7 @@ class Rule:
     shape: Shape
     layers: range | None = None
 
-    def keys(self) -> list[tuple[str, int | None]]:
+    def places(self) -> list[tuple[str, int | None]]:
         """(source key, row of the targets or None for the whole)."""
         if self.layers is None:
             return [(self.source, None)]
@@ -86,7 +88,7 @@ class Part:
     """The tensors of one source and the table that reads them."""
 
     name: str  # of the file, for messages
-    keys: Mapping[str, TensorInfo]
+    tensors: Mapping[str, TensorInfo]
     table: Table
     source: Source | None = None  # None: a manifest, planned but never applied
 
@@ -159,10 +161,10 @@ def plan(parts: Sequence[Part], abstract: Any) -> Plan:
 
 
 def _plan_part(part: Part, result: Plan, filled: dict[str, int], problems: _Problems) -> None:
-    rules = {key: (rule, row) for rule in part.table if isinstance(rule, Rule) for key, row in rule.keys()}
+    rules = {key: (rule, row) for rule in part.table if isinstance(rule, Rule) for key, row in rule.places()}
     aliases = {entry.source: entry for entry in part.table if isinstance(entry, Alias)}
     ignores = [(re.compile(entry.pattern), entry.reason) for entry in part.table if isinstance(entry, Ignore)]
-    for key, info in part.keys.items():
+    for key, info in part.tensors.items():
         reasons = [reason for pattern, reason in ignores if pattern.fullmatch(key)]
         claims = (key in rules) + (key in aliases) + len(reasons)
         if claims > 1:
@@ -175,7 +177,7 @@ def _plan_part(part: Part, result: Plan, filled: dict[str, int], problems: _Prob
             result.ignored.setdefault(reasons[0], []).append(key)
         else:
             problems.add("unknown tensors", f"  + {key} {list(info.shape)} ({part.name})")
-    for key in (key for key in rules if key not in part.keys):
+    for key in (key for key in rules if key not in part.tensors):
         problems.add("missing tensors", f"  - {key} {list(rules[key][0].shape)} ({part.name})")
     for rule in (entry for entry in part.table if isinstance(entry, Rule)):
         _check_targets(rule, result, filled)
@@ -221,7 +223,7 @@ def apply(plan: Plan, writer: ParamsWriter, progress: Callable[[int, int], None]
     ``progress(done, total)`` counts bytes of the source. A NaN or infinity raises ``UserError``.
     """
     sink = _Sink(plan, writer)
-    done, total = 0, sum(move.part.keys[move.key].num_bytes for move in plan.moves)
+    done, total = 0, sum(move.part.tensors[move.key].num_bytes for move in plan.moves)
     for fill in plan.fills:
         sink.write(fill.target, None, fill.make(plan.leaves[fill.target]))
     for part, alias in plan.aliases:
@@ -269,7 +271,7 @@ class _Sink:
 
 
 def _check_tied(part: Part, alias: Alias) -> None:
-    if alias.of not in part.keys:
+    if alias.of not in part.tensors:
         raise UserError(f"{part.name}: {alias.source} is tied to {alias.of}, which is missing")
     one, other = part.source.read(alias.source), part.source.read(alias.of)
     if one.shape != other.shape or not np.array_equal(_bits(one), _bits(other)):
@@ -293,19 +295,15 @@ def _bits(values: np.ndarray) -> np.ndarray:
 
 def read_back(
     table: Table, read: Callable[[str, int | None], np.ndarray]
-) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
-    """(source key, its tensor when asked) of every rule and alias: the exporter.
+) -> dict[str, tuple[Rule, Callable[[], np.ndarray]]]:
+    """The table backwards: for each source key its rule, and its tensor when asked.
 
     ``read(path, row)`` gives a parameter or one row of it (``checkpoint.read_leaf``).
     """
-    rules = {key: (rule, row) for rule in table if isinstance(rule, Rule) for key, row in rule.keys()}
 
-    def tensor(key: str) -> np.ndarray:
-        rule, row = rules[key]
+    def tensor(rule: Rule, row: int | None) -> np.ndarray:
         values = rule.transform.inverse([read(target, row) for target in rule.targets], rule.shape)
         return contiguous(values)
 
-    for key in rules:
-        yield key, lambda key=key: tensor(key)
-    for alias in (entry for entry in table if isinstance(entry, Alias)):
-        yield alias.source, lambda key=alias.of: tensor(key)
+    rules = ((rule, *place) for rule in table if isinstance(rule, Rule) for place in rule.places())
+    return {key: (rule, functools.partial(tensor, rule, row)) for rule, key, row in rules}
