@@ -1,0 +1,45 @@
+"""Fixtures of the golden cases, and the two tables at the end of the run: errors, and what is not served yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+from cases import Case, all_cases
+from comparing import COLUMNS, Compare
+from conversion import Converted, convert_case
+from unserved import unserved
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Converted]:
+    """Each case's weights, converted once a session."""
+    return cache(lambda case: convert_case(case, tmp_path_factory.mktemp(str(case)) / "model"))
+
+
+@pytest.fixture
+def compare(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> Compare:
+    """Comparisons of the test's own case and quantity."""
+    arguments = request.node.callspec.params
+    return Compare(arguments["case"], arguments.get("quantity", request.node.originalname), record_property)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = [report for key in ("passed", "failed") for report in terminalreporter.stats.get(key, [])]
+    rows = [value for report in reports for name, value in report.user_properties if name == "golden"]
+    if not rows:
+        return
+    terminalreporter.section("golden: largest errors")
+    shown = [(case, name, f"{error:.1e}", allowed, f"{share:.0%}") for case, name, error, allowed, share in rows]
+    terminalreporter.write_line(_table(COLUMNS, sorted(set(shown))))
+    waiting = [(str(case), quantity, capability) for case in all_cases() for quantity, capability in unserved(case)]
+    if waiting:
+        terminalreporter.section("golden: not served yet")
+        terminalreporter.write_line(_table(("case", "quantity", "comes with"), waiting))
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)]
+    return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,86 @@
+"""Golden weights through the public converter, and gradients back through its tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from cases import Case, file_named_by
+
+from mgpt4_jax.checkpoint import flatten, load_params
+from mgpt4_jax.config import ModelConfig
+from mgpt4_jax.convert.convert import convert, plan_conversion
+from mgpt4_jax.convert.rules import Plan
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A case's weights as a model directory of ours."""
+
+    case: Case
+    model_dir: Path
+    config: ModelConfig
+    plan: Plan
+
+    @cached_property
+    def params(self) -> dict[str, Any]:
+        return load_params(self.model_dir, jnp.float32)
+
+    def to_source(self, tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """A tree like the parameters (their gradient; parts may be absent) under the names of the source."""
+        leaves = {path: np.asarray(leaf) for path, leaf in flatten(tree).items()}
+        found = {}
+        for move in self.plan.moves:
+            if all(target in leaves for target in move.rule.targets):
+                rows = [leaves[target] if move.row is None else leaves[target][move.row] for target in move.rule.targets]
+                found[move.key] = move.rule.transform.inverse(rows, move.rule.shape)
+        return found
+
+
+def convert_case(case: Case, out: Path, **replaced: Path) -> Converted:
+    """``replaced`` names another file for a role (a copy in another format)."""
+    roles = sources_of(case) | replaced
+    overrides = overrides_of(case.config)
+    tokenizer = {} if case.text_tokenizer is None else {"qformer_tokenizer": case.text_tokenizer}
+    report = convert(**roles, out=out, overrides=overrides, **tokenizer)
+    _, plan = plan_conversion(**roles, overrides=overrides)
+    return Converted(case, out, report.config, plan)
+
+
+def sources_of(case: Case) -> dict[str, Path]:
+    """The converter's arguments: which file plays which role."""
+    files = {role: paths[0] for role, paths in case.weights.items()}
+    if "weights" in case.config:
+        files["stage1"] = file_named_by(case, case.config["weights"])
+    reader = files.get("stage1") or files.get("qformer") or files.get("ln_vision")
+    roles = {
+        "vit": files.get("vit"),
+        "qformer": reader,
+        "projection": files.get("projection"),
+        "llm": case.language_model,
+    }
+    return {role: path for role, path in roles.items() if path is not None}
+
+
+def overrides_of(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What ``config.json`` says and the weights cannot."""
+    vit, reader = config.get("vit", {}), config.get("qformer", {})
+    named = {
+        "vit": {
+            "num_heads": vit.get("num_heads"),
+            "num_layers": vit.get("depth"),
+            "image_size": config.get("image_size"),
+            "layer_norm_eps": vit.get("block_ln_eps"),
+            "output_norm_eps": vit.get("ln_vision_eps"),
+        },
+        "qformer": {
+            "num_heads": reader.get("num_attention_heads"),
+            "layer_norm_eps": reader.get("layer_norm_eps"),
+        },
+    }
+    return {part: {key: value for key, value in fields.items() if value is not None} for part, fields in named.items()}
