@@ -1,0 +1,1 @@
+"""From files and words to arrays of fixed shape: numpy and Pillow, never JAX."""
