@@ -50,10 +50,14 @@ def measure(config: LlamaConfig, scratch: Path, new_tokens: int) -> None:
     print(f"copy: {copy_s:.1f} s", flush=True)
     convert_s = timed(lambda: mgpt4("convert", "--llm", source, "--out", model))
     convert_rss = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
-    print(f"convert: {convert_s:.1f} s = {convert_s / copy_s:.2f} x copy, peak resident {convert_rss:.2f} GB", flush=True)
+    print(
+        f"convert: {convert_s:.1f} s = {convert_s / copy_s:.2f} x copy, peak resident {convert_rss:.2f} GB", flush=True
+    )
     questions, answers = scratch / "in.jsonl", scratch / "out.jsonl"
     questions.write_text(json.dumps({"id": 1, "prompt": "A", "max_new_tokens": new_tokens}) + "\n")
-    generate_s = timed(lambda: mgpt4("generate", model, "--input", questions, "--output", answers, "--dtype", "bfloat16"))
+    generate_s = timed(
+        lambda: mgpt4("generate", model, "--input", questions, "--output", answers, "--dtype", "bfloat16")
+    )
     generate_rss = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
     print(f"load and generate {new_tokens} tokens: {generate_s:.1f} s, peak resident {generate_rss:.2f} GB")
     print(f"answer: {answers.read_text().strip()}")
