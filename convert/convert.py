@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from mgpt4_jax.checkpoint import ModelManifest, ParamsWriter, SourceFile, new_directory
+from mgpt4_jax.data.text import copy_tokenizer
 from mgpt4_jax.errors import UserError
 from mgpt4_jax.models import abstract_params
 
@@ -22,17 +23,6 @@ from .rules import Plan, apply, plan
 Paths = str | Path
 Progress = Callable[[int, int], None]
 _HASH_BLOCK = 1 << 22
-_TOKENIZER_FILES = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-)
-_VOCABULARIES = ("tokenizer.model", "tokenizer.json", "vocab.txt", "vocab.json")
 
 
 def convert(
@@ -143,15 +133,17 @@ def _check_space(out: Path, needed: int) -> None:
 
 
 @contextlib.contextmanager
-def _hashing(sources: Mapping[str, Source]):
+def _hashing(sources: Mapping[str, Source]) -> Iterator[list[Future[SourceFile]]]:
     """Hash the files on a second thread while the first converts them; yields futures of ``SourceFile``."""
     pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sha256")
     try:
         jobs: list[Future[SourceFile]] = []
         for role, source in sources.items():
-            for base in (source.base, source.delta) if isinstance(source, SumSource) else (source,):
-                name = "llm_delta" if isinstance(source, SumSource) and base is source.delta else role
-                jobs += [pool.submit(_hash, name, path) for path in base.files]
+            named = {role: source}
+            if isinstance(source, SumSource):
+                named = {role: source.base, "llm_delta": source.delta}
+            for name, part in named.items():
+                jobs += [pool.submit(_hash, name, path) for path in part.files]
         yield jobs
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -174,32 +166,26 @@ def _copy_tokenizers(
     qformer_tokenizer: Paths | None,
 ) -> None:
     """``tokenizer/`` for the language model, ``qformer_tokenizer/`` for a Q-Former that reads text."""
-    config, home = inferred.config, None if language is None else language.path
+    config = inferred.config
+    homes = [] if language is None else [language.path]
+    if isinstance(language, SumSource):
+        homes.append(language.base.path)
     if config.llama is not None:
-        found = Path(tokenizer) if tokenizer is not None else home
-        if tokenizer is None and isinstance(language, SumSource) and not _has_vocabulary(found):
-            found = language.base.path
-        _copy_tokenizer(found, partial / "tokenizer", "tokenizer", tokenizer is not None, inferred)
+        names = ("tokenizer.model", "tokenizer.json")
+        _copy_tokenizer(tokenizer, homes, names, partial / "tokenizer", "tokenizer", inferred)
     if config.qformer is not None and config.qformer.with_text:
-        found = Path(qformer_tokenizer) if qformer_tokenizer is not None else None
-        if found is None and home is not None:
-            found = home / "qformer_tokenizer" if config.architecture == "instructblip" else home
-        _copy_tokenizer(
-            found, partial / "qformer_tokenizer", "qformer-tokenizer", qformer_tokenizer is not None, inferred
-        )
+        if config.llama is not None:
+            homes = [home / "qformer_tokenizer" for home in homes]
+        names = ("vocab.txt", "tokenizer.json")
+        _copy_tokenizer(qformer_tokenizer, homes, names, partial / "qformer_tokenizer", "qformer-tokenizer", inferred)
 
 
-def _has_vocabulary(directory: Path) -> bool:
-    return any((directory / name).is_file() for name in _VOCABULARIES)
-
-
-def _copy_tokenizer(found: Path | None, target: Path, option: str, asked: bool, inferred: Inferred) -> None:
-    if found is None or not _has_vocabulary(found):
-        if asked:
-            raise UserError(f"{found}: holds no tokenizer (looked for {', '.join(_VOCABULARIES)})")
-        inferred.warnings.append(f"no tokenizer beside the weights; give --{option} DIR before you ask in words")
-        return
-    target.mkdir()
-    for name in _TOKENIZER_FILES:
-        if (found / name).is_file():
-            shutil.copyfile(found / name, target / name)
+def _copy_tokenizer(
+    asked: Paths | None, homes: list[Path], names: tuple[str, ...], target: Path, option: str, inferred: Inferred
+) -> None:
+    """From the path that was asked for, else from beside the weights, else a warning."""
+    found = next((home for home in homes if any((home / name).is_file() for name in names)), None)
+    if asked is None and found is None:
+        inferred.warnings.append(f"no tokenizer beside the weights; give --{option} before you ask in words")
+    else:
+        copy_tokenizer(asked or found, target)

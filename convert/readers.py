@@ -52,11 +52,19 @@ class TensorInfo:
 class Source(Protocol):
     """Named tensors of one file or of one directory of shards."""
 
-    path: Path
     kind: str  # torch, torch-legacy, safetensors, huggingface, sum
-    files: tuple[Path, ...]
     wrapper: tuple[str, ...]  # what a training run saved beside {"model": ...}
-    config: dict[str, Any] | None  # config.json of a Hugging Face directory
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def files(self) -> tuple[Path, ...]: ...
+
+    @property
+    def config(self) -> dict[str, Any] | None:
+        """``config.json`` of a Hugging Face directory."""
+        ...
 
     def tensors(self) -> Mapping[str, TensorInfo]:
         """Shapes and dtypes by name, in the order of the file."""

@@ -1,0 +1,150 @@
+"""Every rule table covers the real files at full size: nothing unmatched, nothing unfilled."""
+
+from __future__ import annotations
+
+import pytest
+from files import manifest
+
+from mgpt4_jax.convert.convert import open_sources
+from mgpt4_jax.convert.infer import infer
+from mgpt4_jax.convert.readers import SumSource
+from mgpt4_jax.convert.rules import plan
+from mgpt4_jax.errors import UserError
+from mgpt4_jax.models import abstract_params
+
+VIT_G, LN_VISION, QFORMER = 985_894_528, 2_816, 105_162_240
+LLAMA_7B, LLAMA_13B, LLAMA_33B, LLAMA_65B = 6_738_415_616, 13_015_864_320, 32_528_943_616, 65_285_660_672
+STAGE1 = {"vit": "eva_vit_g", "qformer": "blip2_pretrained"}
+MINIGPT4 = {"vit": "eva_vit_g", "qformer": "blip2_pretrained_flant5xxl"}
+
+
+def count_at_full_size(files, **options):
+    """Infer and plan; gives the configuration, the plan and its count of parameters."""
+    sources = {role: manifest(name) for role, name in files.items()}
+    inferred = infer(sources, **options)
+    planned = plan(inferred.parts, abstract_params(inferred.config))
+    claimed = len(planned.moves) + len(planned.aliases) + sum(map(len, planned.ignored.values()))
+    assert claimed == sum(len(source.tensors()) for source in sources.values())
+    return inferred.config, planned, planned.num_parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("llama_7b", LLAMA_7B),
+        ("llama_13b", LLAMA_13B),
+        ("llama_33b", LLAMA_33B),
+        ("llama_65b", LLAMA_65B),
+        ("vicuna_7b_v0", LLAMA_7B + 2 * 4096),
+        ("vicuna_13b_v0", LLAMA_13B + 2 * 5120),
+        ("llama2_7b_chat", LLAMA_7B),
+        ("llama2_70b", 68_976_648_192),
+        ("llama31_8b", 8_030_261_248),
+    ],
+)
+def test_language_models(name, count):
+    config, _, found = count_at_full_size({"llm": name})
+    assert (config.architecture, found) == ("llama", count)
+
+
+def test_eva_alone_leaves_out_its_last_block_and_its_end():
+    config, planned, found = count_at_full_size({"vit": "eva_vit_g"})
+    assert (config.architecture, config.vit.num_layers, config.vit.num_heads) == ("encoder", 39, 16)
+    assert found == VIT_G + LN_VISION
+    ignored = {reason: len(keys) for reason, keys in planned.ignored.items()}
+    assert sorted(ignored.values()) == [4, 13]
+
+
+@pytest.mark.parametrize("name", ["blip2_pretrained_flant5xxl", "blip2_pretrained_opt2.7b", "blip2_pretrained"])
+@pytest.mark.parametrize(
+    ("llm", "projection", "count"),
+    [
+        ("vicuna_13b_v0", "pretrained_minigpt4_13b", LLAMA_13B + 2 * 5120 + 769 * 5120),
+        ("vicuna_13b_v0", "checkpoint_stage1_13b", LLAMA_13B + 2 * 5120 + 769 * 5120),
+        ("vicuna_7b_v0", "pretrained_minigpt4_7b", LLAMA_7B + 2 * 4096 + 769 * 4096),
+    ],
+)
+def test_minigpt4_on_vicuna(name, llm, projection, count):
+    files = {"vit": "eva_vit_g", "qformer": name, "llm": llm, "projection": projection}
+    config, _, found = count_at_full_size(files)
+    assert (config.architecture, config.tokens_per_image) == ("minigpt4", 32)
+    assert found == VIT_G + LN_VISION + QFORMER + count
+
+
+def test_minigpt4_on_llama2_has_no_qformer():
+    files = {"vit": "eva_vit_g", "llm": "llama2_7b_chat", "projection": "pretrained_minigpt4_llama2_7b"}
+    config, planned, found = count_at_full_size(files)
+    assert (config.qformer, config.tokens_per_image) == (None, 64)
+    assert found == VIT_G + LN_VISION + LLAMA_7B + 5633 * 4096
+    assert {fill.target for fill in planned.fills} == {"ln_vision/scale", "ln_vision/bias"}
+
+
+def test_llama2_with_a_vicuna_projection_is_refused_unless_allowed():
+    files = MINIGPT4 | {"llm": "llama2_7b_chat", "projection": "pretrained_minigpt4_7b"}
+    with pytest.raises(UserError, match="looks like LLaMA-2.*--allow-llm-mismatch"):
+        count_at_full_size(files)
+    assert count_at_full_size(files, allow_llm_mismatch=True)[0].architecture == "minigpt4"
+
+
+def test_stage1_with_its_heads():
+    config, _, found = count_at_full_size(STAGE1)
+    assert (config.architecture, config.projection_size, config.qformer.with_lm_head) == ("blip2", 256, True)
+    text = 30_523 * 768 + 512 * 768 + 12 * (2 * 768 * 3072 + 3072 + 768 + 2 * 768)
+    head = 769 * 768 + 2 * 768 + 30_523
+    assert found == VIT_G + LN_VISION + QFORMER + text + head + 2 * 769 * 256 + 769 * 2 + 1
+
+
+def test_coco_finetune_holds_its_own_vit_at_364_pixels():
+    config, _, _ = count_at_full_size({"qformer": "blip2_finetune_coco"})
+    assert (config.vit.image_size, config.vit.num_positions) == (364, 677)
+    config, planned, _ = count_at_full_size(STAGE1 | {"qformer": "blip2_finetune_coco"})
+    assert config.vit.image_size == 224
+    assert len(planned.ignored["the vision transformer is taken from eva_vit_g"]) == 511
+
+
+@pytest.mark.parametrize("name", ["blip2_pretrained_flant5xxl", "blip2_pretrained_opt2.7b"])
+def test_picture_side_alone(name):
+    config, _, found = count_at_full_size({"vit": "eva_vit_g", "qformer": name})
+    assert (config.architecture, found) == ("encoder", VIT_G + LN_VISION + QFORMER)
+    assert (QFORMER + LN_VISION) // 100_000 == 1051  # published, cut: 105.1 M
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture", "left_out"),
+    [
+        ("hf_blip2_itm_vit_g", "blip2", 0),
+        ("hf_blip2_opt_2.7b", "encoder", 519),
+        ("hf_blip2_flan_t5_xl", "encoder", 562),
+        ("hf_instructblip_vicuna_7b", "instructblip", 0),
+    ],
+)
+def test_hugging_face_directories(name, architecture, left_out):
+    config, planned, _ = count_at_full_size({"model": name})
+    assert config.architecture == architecture
+    assert (config.vit.hidden_size, config.qformer.num_heads) == (1408, 12)
+    assert sum(map(len, planned.ignored.values())) == left_out
+    assert (config.llama is not None) == (architecture == "instructblip")
+
+
+def test_delta_has_one_row_more_than_its_base():
+    source = SumSource(manifest("llama_7b"), manifest("vicuna_7b_v0"))
+    inferred = infer({"llm": source})
+    planned = plan(inferred.parts, abstract_params(inferred.config))
+    assert inferred.config.llama.vocab_size == 32001
+    assert planned.num_parameters == LLAMA_7B + 2 * 4096
+
+
+def test_delta_of_another_size_is_refused():
+    with pytest.raises(UserError, match="not its delta|must hold the same tensors"):
+        SumSource(manifest("llama_13b"), manifest("vicuna_7b_v0"))
+
+
+def test_a_projection_for_another_width_is_refused():
+    files = MINIGPT4 | {"llm": "vicuna_7b_v0", "projection": "pretrained_minigpt4_13b"}
+    with pytest.raises(UserError, match=r"projects to width 5120.*has width 4096"):
+        count_at_full_size(files)
+
+
+def test_nothing_to_convert():
+    with pytest.raises(UserError, match="nothing to convert"):
+        open_sources()
