@@ -131,7 +131,8 @@ class QformerLayer(nn.Module):
             queries = QformerMlp(*settings, name="query_mlp")(queries)
         if text.shape[1]:
             text = QformerMlp(*settings, name="text_mlp")(text)
-        x = jnp.concatenate([queries, text], axis=1)
+        # An empty side is left out: XLA's CPU compiler has crashed on concatenations with nothing.
+        x = jnp.concatenate([part for part in (queries, text) if part.shape[1]], axis=1)
         self.sow("intermediates", "hidden", x)
         return x, cache
 

@@ -58,7 +58,7 @@ class VitBlock(nn.Module):
 
 
 class Vit(nn.Module):
-    """Pixels to patch tokens. Sows ``patches``; each block sows ``attn_out``, ``mlp_out``, ``hidden``."""
+    """Pixels to patch tokens. Sows ``patches`` and ``embedded``; each block sows ``attn_out``, ``mlp_out``, ``hidden``."""
 
     config: VitConfig
     dtype: DType = jnp.float32
@@ -80,6 +80,7 @@ class Vit(nn.Module):
         )
         cls = jnp.broadcast_to(cls.astype(self.dtype), (pixels.shape[0], 1, d))
         x = jnp.concatenate([cls, patches], axis=1) + positions.astype(self.dtype)
+        self.sow("intermediates", "embedded", x)
         block = VitBlock(config, self.dtype, name="blocks")
         x, _ = scan_layers(block, x, length=config.num_layers, remat=config.remat)
         return x

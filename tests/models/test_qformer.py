@@ -29,7 +29,7 @@ BASE = QformerConfig(
 )
 CONFIGS = {
     "groups": BASE,
-    "tail": replace(BASE, num_layers=5, cross_attention_frequency=3),
+    "tail": replace(BASE, num_layers=3, cross_attention_frequency=2),
     "tail_alone": replace(BASE, num_layers=2, cross_attention_frequency=3),
 }
 Q, T = BASE.num_queries, 7
