@@ -4,7 +4,8 @@ A *case* is a directory with ``config.json``; what it recorded of an original pr
 
 * the arrays of ``outputs*.npz`` (``sim_i2t``; of several files ``rank0.loss``),
 * the files of tensors ``grads*.safetensors`` and ``params*.safetensors``, one quantity each,
-* the results among the entries of ``config.json`` (``config.chat_turns``, ``config.generate.greedy.text``).
+* the results among the entries of ``config.json`` (``config.chat_turns``, ``config.generate.greedy.text``)
+  and those of ``captions.json`` (``captions.blip_caption``).
 
 Any of them may be absent in another set; a quantity that no test claims is reported by ``unserved.py``.
 """
@@ -86,8 +87,13 @@ class Case:
         files = [path.stem for path in self._files() if path.stem.startswith(_RECORDED_FILES)]
         results = [f"config.{key}" for key in _RESULTS if key in self.config]
         texts = [f"config.generate.{name}.text" for name in self.config.get("generate", {})]
-        captions = ["captions"] if (self.directory / "captions.json").exists() else []
+        captions = [f"captions.{key}" for key in self.captions if key != "inputs"]
         return (*self.outputs, *files, *results, *texts, *captions)
+
+    @cached_property
+    def captions(self) -> dict[str, list[str]]:
+        path = self.directory / "captions.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     @cached_property
     def kind(self) -> str:
