@@ -216,7 +216,7 @@ def test_pixel_bombs_are_refused_from_the_header(width, height, tmp_path):
 
 def test_pixel_cap_is_the_callers(tmp_path):
     assert MAX_PIXELS == 40_000_000
-    with pytest.raises(UserError, match="32 x 24.* over the cap of 100 pixels"):
+    with pytest.raises(UserError, match=r"32 x 24.* over the cap of 100 pixels"):
         load_image(encoded(), max_pixels=100)
     with pytest.raises(UserError, match="over the cap"):
         load_image(noise(), max_pixels=100)
