@@ -22,7 +22,8 @@ from mgpt4_jax.errors import UserError
 from mgpt4_jax.typing import Array, Bool, Float, Int
 
 MAX_NEW_TOKENS = 100_000
-MAX_STOPS = 64
+MAX_STOPS = 8  # texts, or sequences of ids, of one request
+STOP_WIDTH = 16  # tokens in one sequence
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def _sequences(name: str, value: Any) -> tuple[tuple[int, ...], ...]:
         raise UserError(f"{name} must be a list of token ids or of lists of them, got {_show(value)}")
     sequences = [(item,) if isinstance(item, int) else item for item in items]
     for sequence in sequences:
-        is_list = isinstance(sequence, (list, tuple)) and 0 < len(sequence) <= MAX_STOPS
+        is_list = isinstance(sequence, (list, tuple)) and 0 < len(sequence) <= STOP_WIDTH
         if not is_list or not all(type(i) is int and 0 <= i < 2**31 for i in sequence):
             raise UserError(f"{name} must be a list of token ids or of lists of them, got {_show(value)}")
     return _few(name, tuple(tuple(sequence) for sequence in sequences))

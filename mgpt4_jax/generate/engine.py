@@ -1,0 +1,425 @@
+"""The engine: a fixed set of row slots on the device, filled again as answers end.
+
+``run`` prefills waiting requests in groups of one padded length, inserts each into a free slot, and
+decodes all slots together, a chunk of steps at a time. Every program has a fixed shape out of a small
+set of buckets and takes texts, pictures and sampling parameters as arrays, so nothing is compiled for a
+new request; ``buckets`` lists the programs. A row never sees another one: its result is that of a run alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mgpt4_jax.config import LlamaConfig, ModelConfig
+from mgpt4_jax.errors import UserError
+from mgpt4_jax.generate.decoder import embed_ids, next_logits, run_decoder
+from mgpt4_jax.generate.sampling import (
+    MAX_STOPS,
+    STOP_WIDTH,
+    Sampling,
+    SamplingParams,
+    ends_with_stop,
+    next_tokens,
+    pack_stops,
+    stack_sampling,
+)
+from mgpt4_jax.models.layers import Cache, embed_with_images
+from mgpt4_jax.models.llama import empty_cache
+from mgpt4_jax.sharding import BATCH
+from mgpt4_jax.typing import Array, Bool, DType, Float, Int, Params
+
+CHUNK = 16  # most decode steps between two looks of the host
+MAX_IMAGES = 16  # pictures in one request
+MAX_EOS = 4
+STOP_SHAPE = (MAX_STOPS + MAX_EOS, STOP_WIDTH)
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt: token ids with image slots (-1: text, else a row of ``images``)."""
+
+    ids: Int[np.ndarray, " t"]
+    slots: Int[np.ndarray, " t"]
+    images: Float[np.ndarray, "s d"] | None
+    sampling: SamplingParams
+    watch: Callable[[list[int]], bool] | None = None
+    """Gets the new ids of each chunk and returns True to stop the row (texts that stop an answer)."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a request gained in a chunk. ``ids`` hold the token or sequence that stopped it, too."""
+
+    index: int  # of the request
+    ids: list[int]
+    finish_reason: FinishReason | None = None
+
+
+class Rows(NamedTuple):
+    """What the device knows of each slot."""
+
+    token: Int[Array, " b"]  # the last one, not in the cache yet
+    position: Int[Array, " b"]  # where it belongs
+    generated: Int[Array, " b"]
+    done: Bool[Array, " b"]
+    stopped: Bool[Array, " b"]
+    seen: Bool[Array, "b v"]
+    recent: Int[Array, "b w"]
+    stops: Int[Array, "b k w"]
+    sampling: Sampling
+
+
+class State(NamedTuple):
+    rows: Rows
+    caches: list[Cache]
+
+
+@dataclass
+class _Answering:
+    index: int
+    request: Request
+    ids: list[int] = field(default_factory=list)
+
+
+class Engine:
+    """Runs requests. ``params`` are those of ``decoder.pack_decoder``, on the devices of ``mesh``.
+
+    ``slots`` (a power of two) rows are decoded together; a prompt and its answer fit in ``max_length``.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Params,
+        mesh: Mesh,
+        *,
+        dtype: DType = jnp.float32,
+        slots: int = 8,
+        max_length: int | None = None,
+        eos_ids: tuple[int, ...] = (2,),
+        bos_id: int = 1,
+    ):
+        if config.llama is None:
+            raise UserError(f"a model of architecture {config.architecture} has no language model to answer with")
+        if slots < 1 or slots & (slots - 1):
+            raise UserError(f"slots must be a power of two, got {slots}")
+        if len(eos_ids) > MAX_EOS:
+            raise UserError(f"{len(eos_ids)} end-of-sequence ids; at most {MAX_EOS} are supported")
+        self.config, self.params, self.mesh, self.dtype = config, params, mesh, dtype
+        self.slots, self.eos_ids = slots, eos_ids
+        self.max_length = min(max_length or config.llama.max_positions, config.llama.max_positions)
+        self.lengths = length_buckets(self.max_length)
+        llama, place = config.llama, partial(_place, mesh)
+        self._empty = jax.jit(partial(_empty, llama, dtype, place), static_argnums=(0, 1))
+        self._grow = jax.jit(partial(_grow, place), static_argnums=1)
+        self._prefill = jax.jit(partial(_prefill, llama))
+        self._insert = jax.jit(partial(_insert, bos_id, place), donate_argnums=0)
+        self._decode = jax.jit(partial(_decode, llama, place), donate_argnums=1)
+
+    # -- shapes ---------------------------------------------------------------------------------
+
+    def buckets(self) -> list[tuple[str, int, ...]]:
+        """Every program that can be compiled: its name and sizes."""
+        slots, lengths = _powers(self.slots), self.lengths
+        images = _powers(MAX_IMAGES) if self.config.vit else [0]
+        fitting = [(t, s) for s in lengths for t in lengths if t <= s]
+        return [
+            *(("empty", b, s) for b in slots for s in lengths),
+            *(("grow", b, t, s) for b in slots for t, s in fitting if t < s),
+            *(("prefill", r, t, i) for r in slots for t in lengths for i in images),
+            *(("insert", r, t, b, s) for b in slots for r in _powers(b) for t, s in fitting),
+            *(("decode", b, s) for b in slots for s in lengths),
+        ]
+
+    def num_compiled(self) -> int:
+        """Programs that exist now."""
+        programs = (self._empty, self._grow, self._prefill, self._insert, self._decode)
+        return sum(program._cache_size() for program in programs)
+
+    def check(self, request: Request) -> None:
+        """Raises ``UserError`` for a request that cannot be run."""
+        length, new = len(request.ids), request.sampling.max_new_tokens
+        if length == 0:
+            raise UserError("the prompt is empty")
+        if length + new > self.max_length:
+            raise UserError(
+                f"the prompt has {length} tokens and max_new_tokens is {new}; "
+                f"together they exceed the context of {self.max_length}"
+            )
+        if self._num_images(request) > MAX_IMAGES:
+            raise UserError(f"{self._num_images(request)} pictures in one prompt; at most {MAX_IMAGES} are supported")
+        vocab = self.config.llama.vocab_size
+        if max(itertools.chain(*request.sampling.stop_ids), default=0) >= vocab:
+            raise UserError(f"stop_ids: the vocabulary has {vocab} tokens")
+
+    def _num_images(self, request: Request) -> int:
+        return 0 if request.images is None else -(-len(request.images) // self.config.tokens_per_image)
+
+    def _room(self, request: Request) -> int:
+        return _bucket(self.lengths, len(request.ids) + request.sampling.max_new_tokens)
+
+    # -- running --------------------------------------------------------------------------------
+
+    def run(self, requests: Iterable[Request], *, chunk: int = CHUNK) -> Iterator[Update]:
+        """Answer ``requests``, which are taken as slots become free; updates come as they are made.
+
+        ``chunk`` (up to ``CHUNK``) steps are decoded between two updates.
+        """
+        waiting = enumerate(requests)
+        first = list(itertools.islice(waiting, self.slots))
+        if not first:
+            return
+        slots = 1 << (len(first) - 1).bit_length()
+        waiting = itertools.chain(first, waiting)
+        answering: dict[int, _Answering] = {}
+        cancelled = np.zeros(slots, bool)  # by the host; forgotten when the slot is filled again
+        room, state = 0, None
+        while True:
+            arrivals = list(itertools.islice(waiting, slots - len(answering)))
+            for _, request in arrivals:
+                self.check(request)
+            needed = max([room, *(self._room(request) for _, request in arrivals)])
+            if state is None:
+                state = self._empty(slots, needed)
+            elif needed > room:
+                state = self._grow(state, needed)
+            room = needed
+            free = [slot for slot in range(slots) if slot not in answering]
+            placed = {slot: _Answering(index, request) for slot, (index, request) in zip(free, arrivals, strict=False)}
+            answering |= placed
+            cancelled[list(placed)] = False
+            for group in self._groups(placed):
+                state, emitted = self._start(state, {slot: placed[slot] for slot in group})
+                yield from self._settle(answering, cancelled, emitted)
+            if not answering:
+                return
+            state, emitted = self._decode(self.params, state, np.int32(min(chunk, CHUNK)), cancelled)
+            yield from self._settle(answering, cancelled, emitted)
+
+    def _groups(self, placed: dict[int, _Answering]) -> list[list[int]]:
+        """Slots to prefill together: one padded length and count of pictures, a power of two of rows."""
+        shapes: dict[tuple[int, int], list[int]] = {}
+        for slot, answer in placed.items():
+            shape = (_bucket(self.lengths, len(answer.request.ids)), self._image_bucket(answer.request))
+            shapes.setdefault(shape, []).append(slot)
+        groups = []
+        for slots in shapes.values():
+            while slots:
+                size = 1 << (len(slots).bit_length() - 1)
+                groups.append(slots[:size])
+                slots = slots[size:]
+        return groups
+
+    def _image_bucket(self, request: Request) -> int:
+        return 1 << max(self._num_images(request) - 1, 0).bit_length()
+
+    def _start(self, state: State, group: dict[int, _Answering]) -> tuple[State, Any]:
+        requests = [answer.request for answer in group.values()]
+        length = _bucket(self.lengths, max(len(request.ids) for request in requests))
+        ids = np.stack([_pad(request.ids, length, 0) for request in requests])
+        slots = np.stack([_pad(request.slots, length, -1) for request in requests])
+        images = None
+        if self.config.vit is not None:
+            rows = self._image_bucket(requests[0]) * self.config.tokens_per_image
+            images = np.zeros((len(requests), rows, self.config.llama.hidden_size), self.dtype)
+            for row, request in enumerate(requests):
+                if request.images is not None:
+                    images[row, : len(request.images)] = request.images
+        lengths = np.array([len(request.ids) for request in requests], np.int32)
+        caches, logits = self._prefill(self.params, ids, slots, images, lengths)
+        stops = [(*request.sampling.stop_ids, *((eos,) for eos in self.eos_ids)) for request in requests]
+        return self._insert(
+            state,
+            caches,
+            logits,
+            lengths,
+            np.array(list(group), np.int32),
+            pack_stops(stops, *STOP_SHAPE),
+            stack_sampling([request.sampling for request in requests]),
+        )
+
+    def _settle(self, answering: dict[int, _Answering], cancelled: np.ndarray, emitted: Any) -> Iterator[Update]:
+        """Hand out new tokens (-1: none); rows that ended leave ``answering``, by the host's word too."""
+        tokens, done, stopped = jax.device_get(emitted)
+        for slot, answer in list(answering.items()):
+            ids = [int(token) for token in tokens[slot] if token >= 0]
+            if not ids:
+                continue
+            answer.ids += ids
+            reason: FinishReason | None = None
+            if answer.request.watch is not None and answer.request.watch(ids):
+                reason, cancelled[slot] = "stop", True
+            elif done[slot]:
+                reason = "stop" if stopped[slot] else "length"
+            if reason is not None:
+                del answering[slot]
+            yield Update(answer.index, ids, reason)
+
+
+# -- the programs -----------------------------------------------------------------------------------
+
+
+def _place(mesh: Mesh, state: State) -> State:
+    """Pin the shardings: rows everywhere, caches cut by heads and, where it divides, by rows."""
+    b, _, k, _ = state.caches[0][0].shape
+    batch = BATCH[0] if b % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else None
+    heads = "tensor" if k % mesh.shape["tensor"] == 0 else None
+    pin = jax.lax.with_sharding_constraint
+    rows = jax.tree.map(lambda x: pin(x, NamedSharding(mesh, P())), state.rows)
+    caches = jax.tree.map(lambda x: pin(x, NamedSharding(mesh, P(batch, None, heads, None))), state.caches)
+    return State(rows, caches)
+
+
+def _empty(config: LlamaConfig, dtype: DType, place: Any, slots: int, room: int) -> State:
+    zeros = jnp.zeros(slots, jnp.int32)
+    rows = Rows(
+        token=zeros,
+        position=zeros,
+        generated=zeros,
+        done=jnp.ones(slots, bool),
+        stopped=jnp.zeros(slots, bool),
+        seen=jnp.zeros((slots, config.vocab_size), bool),
+        recent=jnp.full((slots, STOP_SHAPE[1]), -1),
+        stops=jnp.full((slots, *STOP_SHAPE), -1),
+        sampling=jax.tree.map(jnp.asarray, stack_sampling([SamplingParams()] * slots)),
+    )
+    return place(State(rows, empty_cache(config, slots, room, dtype)))
+
+
+def _grow(place: Any, state: State, room: int) -> State:
+    pad = lambda x: jnp.pad(x, ((0, 0), (0, room - x.shape[1]), (0, 0), (0, 0)))  # noqa: E731
+    return place(State(state.rows, jax.tree.map(pad, state.caches)))
+
+
+def _prefill(
+    config: LlamaConfig,
+    params: Params,
+    ids: Int[Array, "b t"],
+    slots: Int[Array, "b t"],
+    images: Float[Array, "b s d"] | None,
+    lengths: Int[Array, " b"],
+) -> tuple[list[Cache], Float[Array, "b v"]]:
+    """Keys and values of right-padded prompts, and the logits after their last tokens."""
+    embeds = embed_ids(params, ids)
+    if images is not None:
+        embeds = embed_with_images(embeds, slots, images)
+    positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+    x, caches = run_decoder(config, params, embeds, positions)
+    return caches, next_logits(params, x[jnp.arange(ids.shape[0]), lengths - 1])
+
+
+def _insert(
+    bos_id: int,
+    place: Any,
+    state: State,
+    caches: list[Cache],
+    logits: Float[Array, "r v"],
+    lengths: Int[Array, " r"],
+    targets: Int[Array, " r"],
+    stops: Int[Array, "r k w"],
+    sampling: Sampling,
+) -> tuple[State, Any]:
+    """Put prefilled rows into the slots ``targets`` and choose their first tokens.
+
+    The repetition penalty starts from the dummy first token alone, as Hugging Face's does when it
+    generates from embeddings.
+    """
+    count, t = logits.shape[0], caches[0][0].shape[1]
+    zeros = jnp.zeros(count, jnp.int32)
+    fresh = Rows(
+        token=zeros,
+        position=lengths - 1,
+        generated=zeros,
+        done=zeros > 0,
+        stopped=zeros > 0,
+        seen=jnp.broadcast_to(jnp.arange(logits.shape[1]) == bos_id, logits.shape),
+        recent=jnp.full((count, STOP_SHAPE[1]), -1),
+        stops=stops,
+        sampling=sampling,
+    )
+    fresh, tokens = _advance(fresh, logits)
+    rows = jax.tree.map(lambda old, new: old.at[targets].set(new), state.rows, fresh)
+    merged = jax.tree.map(lambda old, new: old.at[targets, :t].set(new), state.caches, caches)
+    slots = state.rows.token.shape[0]
+    emitted = jnp.full((slots, 1), -1).at[targets, 0].set(tokens)
+    return place(State(rows, merged)), (emitted, rows.done, rows.stopped)
+
+
+def _decode(
+    config: LlamaConfig, place: Any, params: Params, state: State, limit: Int[Array, ""], cancelled: Bool[Array, " b"]
+) -> tuple[State, Any]:
+    """Up to ``limit`` steps of all rows that are not done; tokens come as [b chunk], -1 where there is none."""
+    room = state.caches[0][0].shape[1]
+    rows = state.rows._replace(done=state.rows.done | cancelled)
+
+    def going(carry: tuple[Array, State, Array]) -> Array:
+        step, (rows, _), _ = carry
+        return (step < limit) & ~jnp.all(rows.done)
+
+    def body(carry: tuple[Array, State, Array]) -> tuple[Array, State, Array]:
+        step, (rows, caches), emitted = carry
+        positions = jnp.where(rows.done, room, rows.position)[:, None]  # a row that is done writes nothing
+        x, caches = run_decoder(config, params, embed_ids(params, rows.token[:, None]), positions, caches)
+        rows, tokens = _advance(rows, next_logits(params, x[:, 0]))
+        return step + 1, place(State(rows, caches)), emitted.at[:, step].set(tokens)
+
+    emitted = jnp.full((rows.done.shape[0], CHUNK), -1)
+    _, state, emitted = jax.lax.while_loop(going, body, (jnp.int32(0), place(State(rows, state.caches)), emitted))
+    return state, (emitted, state.rows.done, state.rows.stopped)
+
+
+def _advance(rows: Rows, logits: Float[Array, "b v"]) -> tuple[Rows, Int[Array, " b"]]:
+    """Choose and record the next token of each row that is not done; -1 is emitted for the others."""
+    active = ~rows.done
+    chosen = next_tokens(logits, rows.seen, rows.generated, rows.stops, rows.sampling)
+    token = jnp.where(active, chosen, rows.token)
+    generated = rows.generated + active
+    shifted = jnp.concatenate([rows.recent[:, 1:], token[:, None]], axis=1)
+    recent = jnp.where(active[:, None], shifted, rows.recent)
+    stops_here = ends_with_stop(recent, rows.stops) & (generated > rows.sampling.min_new_tokens)
+    stopped = rows.stopped | active & stops_here
+    index = jnp.arange(token.shape[0])
+    rows = rows._replace(
+        token=token,
+        position=rows.position + active,
+        generated=generated,
+        stopped=stopped,
+        done=rows.done | stopped | (generated >= rows.sampling.max_new_tokens),
+        seen=rows.seen.at[index, token].max(active),
+        recent=recent,
+    )
+    return rows, jnp.where(active, token, -1)
+
+
+# -- sizes ------------------------------------------------------------------------------------------
+
+
+def length_buckets(max_length: int) -> list[int]:
+    """32, 64, 128, ... and ``max_length``: the lengths that prompts and caches are padded to."""
+    powers = [32 << i for i in range(max(0, math.ceil(math.log2(max_length / 32))))]
+    return [*powers, max_length]
+
+
+def _powers(limit: int) -> list[int]:
+    return [1 << i for i in range(limit.bit_length())]
+
+
+def _bucket(lengths: list[int], size: int) -> int:
+    return next(length for length in lengths if length >= size)
+
+
+def _pad(values: np.ndarray, length: int, filler: int) -> np.ndarray:
+    return np.concatenate([values, np.full(length - len(values), filler, np.int32)]).astype(np.int32)
