@@ -8,10 +8,11 @@ table backwards.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -25,6 +26,7 @@ from .transforms import Shape, Transform, contiguous
 
 _LISTED = 12  # lines a section of the diff may have
 _IN_FLIGHT_BYTES = 1 << 28
+_DISK_ERRORS = re.compile(r"No space left[^\]]*|Disk quota[^\]]*|Read-only[^\]]*|Permission denied|Input/output error")
 _EXPONENTS = {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}
 
 
@@ -222,30 +224,36 @@ def apply(plan: Plan, writer: ParamsWriter, progress: Callable[[int, int], None]
 
     ``progress(done, total)`` counts bytes of the source. A NaN or infinity raises ``UserError``.
     """
-    sink = _Sink(plan, writer)
     done, total = 0, sum(move.part.tensors[move.key].num_bytes for move in plan.moves)
-    for fill in plan.fills:
-        sink.write(fill.target, None, fill.make(plan.leaves[fill.target]))
     for part, alias in plan.aliases:
         _check_tied(part, alias)
-    for move in plan.moves:
-        values = move.part.source.read(move.key)
-        if is_any_non_finite(values):
-            raise UserError(f"{move.part.name}: {move.key} holds NaN or infinity; the file is damaged")
-        try:
-            made = move.rule.transform.forward(values)
-        except ValueError as error:
-            raise UserError(f"{move.part.name}: {move.key}: {error}") from error
-        for target, array in zip(move.rule.targets, made, strict=True):
-            sink.write(target, move.row, array)
-        done += values.nbytes
-        if progress is not None:
-            progress(done, total)
-    sink.flush()
+    with contextlib.closing(_Sink(plan, writer)) as sink:
+        for fill in plan.fills:
+            sink.write(fill.target, None, fill.make(plan.leaves[fill.target]))
+        for move in plan.moves:
+            values = _read(move.part, move.key)
+            try:
+                made = move.rule.transform.forward(values)
+            except ValueError as error:
+                raise UserError(f"{move.part.name}: {move.key}: {error}") from error
+            for target, array in zip(move.rule.targets, made, strict=True):
+                sink.write(target, move.row, array)
+            done += values.nbytes
+            if progress is not None:
+                progress(done, total)
+
+
+def _read(part: Part, key: str) -> np.ndarray:
+    if part.source is None:
+        raise ValueError(f"{part.name} is a manifest: it has no values")
+    values = part.source.read(key)
+    if is_any_non_finite(values):
+        raise UserError(f"{part.name}: {key} holds NaN or infinity; the file is damaged")
+    return values
 
 
 class _Sink:
-    """Writes in the background, with a bounded amount in flight."""
+    """Writes in the background, with a bounded amount in flight; closing waits for the rest."""
 
     def __init__(self, plan: Plan, writer: ParamsWriter):
         self._plan, self._writer = plan, writer
@@ -258,22 +266,47 @@ class _Sink:
         if path not in self._leaves:
             self._leaves[path] = self._writer.create(path, self._plan.leaves[path], dtype)
         leaf, values = self._leaves[path], contiguous(values).astype(dtype, copy=False)
-        self.flush(_IN_FLIGHT_BYTES - values.nbytes)
-        leaf.write(row, values)
+        self._wait(_IN_FLIGHT_BYTES - values.nbytes)
+        with _told_plainly():
+            leaf.write(row, values)
         self._in_flight.append((leaf, values.nbytes))
         self._bytes += values.nbytes
 
-    def flush(self, most: int = 0) -> None:
+    def close(self) -> None:
+        """Even after a failure nothing may be written any more: the directory is about to be removed."""
+        failures = []
+        while self._in_flight:
+            try:
+                self._wait(0)
+            except UserError as error:
+                failures.append(error)
+        if failures:
+            raise failures[0]
+
+    def _wait(self, most: int) -> None:
+        """Until at most so many bytes are in flight."""
         while self._in_flight and self._bytes > most:
             leaf, size = self._in_flight.popleft()
-            leaf.flush()
             self._bytes -= size
+            with _told_plainly():
+                leaf.flush()
+
+
+@contextlib.contextmanager
+def _told_plainly() -> Iterator[None]:
+    """TensorStore reports a full disk as a ``ValueError``."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if (reason := _DISK_ERRORS.search(str(error))) is None:
+            raise
+        raise UserError(f"the model cannot be written: {reason[0]}") from error
 
 
 def _check_tied(part: Part, alias: Alias) -> None:
     if alias.of not in part.tensors:
         raise UserError(f"{part.name}: {alias.source} is tied to {alias.of}, which is missing")
-    one, other = part.source.read(alias.source), part.source.read(alias.of)
+    one, other = _read(part, alias.source), _read(part, alias.of)
     if one.shape != other.shape or not np.array_equal(_bits(one), _bits(other)):
         raise UserError(f"{part.name}: {alias.source} differs from {alias.of}, to which it is tied in this model")
 

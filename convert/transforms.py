@@ -131,5 +131,5 @@ def resize_positions(x: np.ndarray, source_grid: int, target_grid: int) -> np.nd
 def contiguous(x: np.ndarray) -> np.ndarray:
     """``x`` in C order. Big transposes go through XLA's host copy, four times as fast as NumPy's."""
     if x.flags.c_contiguous or x.nbytes < 1 << 20:
-        return np.ascontiguousarray(x)
+        return np.asarray(x, order="C")  # ascontiguousarray makes a scalar one-dimensional
     return np.asarray(jax.device_put(x, jax.devices("cpu")[0]))

@@ -123,7 +123,7 @@ class LeafWriter:
         if tuple(values.shape) != tuple(target.shape):
             raise ValueError(f"expected shape {tuple(target.shape)}, got {values.shape}")
         self.flush()
-        self._pending = target.write(np.ascontiguousarray(values))
+        self._pending = target.write(np.asarray(values, order="C"))  # keeps a scalar a scalar
 
     def flush(self) -> None:
         if self._pending is not None:
@@ -187,8 +187,10 @@ def read_leaf(model_dir: Path | str, path: str, layer: int | None = None) -> np.
     return _read(store if layer is None else store[layer], model_dir, path)
 
 
-def load_params(model_dir: Path | str, dtype: DType | None = None, mesh: Mesh | None = None) -> dict[str, Any]:
-    """The whole tree as arrays of ``dtype`` (None: as on disk), cut over ``mesh`` if there is one.
+def load_params(
+    model_dir: Path | str, dtype: DType | None = None, mesh: Mesh | None = None, *, without: str | None = None
+) -> dict[str, Any]:
+    """The tree (but for the part ``without``) in ``dtype`` (None: as on disk), cut over ``mesh`` if there is one.
 
     Each device's part is read on its own, so no process holds more than its share and one slice.
     """
@@ -209,7 +211,7 @@ def load_params(model_dir: Path | str, dtype: DType | None = None, mesh: Mesh | 
 
         return jax.make_array_from_callback(expected[path].shape, shardings[path], part)
 
-    return nest({path: load(path) for path in expected})
+    return nest({path: load(path) for path in expected if path.split("/")[0] != without})
 
 
 def is_stacked(path: str) -> bool:

@@ -48,7 +48,11 @@ def eva(prefix: str = "", blocks: int = 40, positions: int = 257, *, whole: bool
 
 def qformer(*, text: bool) -> Shapes:
     d, f, e, v = 768, 3072, 1408, 30523
-    bert, layer, crossed = "Qformer.bert", "Qformer.bert.encoder.layer.{0-11}", "Qformer.bert.encoder.layer.{0,2,4,6,8,10}"
+    bert, layer, crossed = (
+        "Qformer.bert",
+        "Qformer.bert.encoder.layer.{0-11}",
+        "Qformer.bert.encoder.layer.{0,2,4,6,8,10}",
+    )
     shapes = {"query_tokens": [1, 32, d], f"{bert}.embeddings.position_ids": [1, 512]}
     shapes |= norm(f"{bert}.embeddings.LayerNorm", d)
     for name in ("query", "key", "value"):
@@ -62,8 +66,15 @@ def qformer(*, text: bool) -> Shapes:
     shapes |= norm("ln_vision", e)
     if text:
         head = "Qformer.cls.predictions"
-        shapes |= {f"{bert}.embeddings.word_embeddings.weight": [v, d], f"{bert}.embeddings.position_embeddings.weight": [512, d]}
-        shapes |= {f"{head}.bias": [v], **linear(f"{head}.transform.dense", d, d), **norm(f"{head}.transform.LayerNorm", d)}
+        shapes |= {
+            f"{bert}.embeddings.word_embeddings.weight": [v, d],
+            f"{bert}.embeddings.position_embeddings.weight": [512, d],
+        }
+        shapes |= {
+            f"{head}.bias": [v],
+            **linear(f"{head}.transform.dense", d, d),
+            **norm(f"{head}.transform.LayerNorm", d),
+        }
         shapes |= {f"{head}.decoder.weight": [v, d], f"{head}.decoder.bias": [v], "temp": []}
         shapes |= linear("vision_proj", 256, d) | linear("text_proj", 256, d) | linear("itm_head", 2, d)
     return shapes
@@ -159,7 +170,10 @@ def from_transformers() -> dict[str, dict[str, Any]]:
     vicuna = hf.LlamaConfig(vocab_size=32001)
     reader = {"vocab_size": 30523, "use_qformer_text_input": True}
     made = {
-        "hf_blip2_itm_vit_g": (hf.Blip2ForImageTextRetrieval, hf.Blip2Config(image_text_hidden_size=256, qformer_config=reader)),
+        "hf_blip2_itm_vit_g": (
+            hf.Blip2ForImageTextRetrieval,
+            hf.Blip2Config(image_text_hidden_size=256, qformer_config=reader),
+        ),
         "hf_blip2_opt_2.7b": (hf.Blip2ForConditionalGeneration, hf.Blip2Config(text_config=opt.to_dict())),
         "hf_blip2_flan_t5_xl": (hf.Blip2ForConditionalGeneration, hf.Blip2Config(text_config=t5.to_dict())),
         "hf_instructblip_vicuna_7b": (
@@ -207,7 +221,7 @@ def main() -> None:
     HERE.mkdir(exist_ok=True)
     for name, values in (hand_written() | from_transformers()).items():
         lines = [f"  {json.dumps(key)}: {json.dumps(shape)}" for key, shape in values.pop("shapes").items()]
-        head = "".join(f' {json.dumps(key)}: {json.dumps(value)},\n' for key, value in values.items())
+        head = "".join(f" {json.dumps(key)}: {json.dumps(value)},\n" for key, value in values.items())
         text = "{\n" + head + ' "shapes": {\n' + ",\n".join(lines) + "\n }\n}\n"
         (HERE / f"{name}.json").write_text(text)
         print(f"{name}: {len(lines)} lines")

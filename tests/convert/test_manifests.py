@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from files import manifest
+from weight_files import manifest
 
 from mgpt4_jax.convert.convert import open_sources
 from mgpt4_jax.convert.infer import infer

@@ -40,7 +40,11 @@ def part(changes=(), *, drop=(), dtypes=None, table=TABLE):
 
 def test_a_whole_plan():
     result = plan([part()], TREE)
-    assert [(move.key, move.row) for move in result.moves] == [("blocks.0.weight", 0), ("blocks.1.weight", 1), ("embed", None)]
+    assert [(move.key, move.row) for move in result.moves] == [
+        ("blocks.0.weight", 0),
+        ("blocks.1.weight", 1),
+        ("embed", None),
+    ]
     assert result.ignored == {"a buffer": ["x.inv_freq"]}
     assert result.num_parameters == 12 + 10 + 4
     assert {path: dtype.name for path, dtype in result.dtypes.items()} == {
