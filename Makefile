@@ -63,6 +63,6 @@ $(READY):
 	@echo "[2/3] updating pip"
 	@$(PIP) pip setuptools
 	@echo "[3/3] installing mgpt4-jax and the pinned packages of constraints.txt: once, a minute or more, about 2 GB"
-	@$(PIP) --no-build-isolation -e '.[dev]'
+	@PYTHONWARNINGS=ignore $(PIP) --no-build-isolation -e '.[dev]'
 	@rm -f $(VENV)/ready-*
 	@touch $@
