@@ -13,6 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mgpt4_jax.config import RopeScaling
 from mgpt4_jax.typing import Array, Bool, DType, Float, Int
@@ -47,21 +48,28 @@ def rotary_angles(
     positions: Int[Array, "b t"], head_dim: int, theta: float, scaling: RopeScaling | None
 ) -> Float[Array, "b t h/2"]:
     """Angles in radians of each position and frequency (RoFormer; Hugging Face ``modeling_rope_utils``)."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    if scaling is not None:
-        frequencies = _scale_frequencies(frequencies, scaling)
-    return positions[..., None].astype(jnp.float32) * frequencies
+    return positions[..., None].astype(jnp.float32) * rotary_frequencies(head_dim, theta, scaling)
 
 
-def _scale_frequencies(frequencies: Float[Array, " half"], scaling: RopeScaling) -> Float[Array, " half"]:
-    slowed = frequencies / scaling.factor
+def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
+    """Radians a position, float32 ``[h/2]``; in NumPy and in the original's order of operations.
+
+    That makes them equal to PyTorch's to the bit on every backend. One unit in the last place would be
+    an error of 1e-4 in the cosine at position 4000.
+    """
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    frequencies = np.float32(1) / np.power(np.float32(theta), exponents)
+    if scaling is None:
+        return frequencies
+    slowed = frequencies / np.float32(scaling.factor)
     if scaling.kind == "linear":
         return slowed
     # LLaMA-3: wave lengths beyond original/low are slowed, below original/high kept, between blended.
-    turns = scaling.original_max_positions * frequencies / (2 * math.pi)
-    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    blend = jnp.clip(blend, 0.0, 1.0)
-    return blend * frequencies + (1 - blend) * slowed
+    wave_lengths = np.float32(2 * math.pi) * (1 / frequencies)  # PyTorch divides by multiplying
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    blend = (np.float32(scaling.original_max_positions) * (1 / wave_lengths) - np.float32(low)) / np.float32(high - low)
+    blended = (1 - blend) * frequencies / np.float32(scaling.factor) + blend * frequencies
+    return np.where(blend <= 0, slowed, np.where(blend >= 1, frequencies, blended))
 
 
 def rotate(x: Float[Array, "b t n h"], angles: Float[Array, "b t h/2"]) -> Float[Array, "b t n h"]:

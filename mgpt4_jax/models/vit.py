@@ -58,7 +58,7 @@ class VitBlock(nn.Module):
 
 
 class Vit(nn.Module):
-    """Pixels to patch tokens. Sows ``patches`` and ``embedded``; each block sows ``attn_out``, ``mlp_out``, ``hidden``."""
+    """Pixels to patch tokens. Sows ``patches``, ``embedded``; each block ``attn_out``, ``mlp_out``, ``hidden``."""
 
     config: VitConfig
     dtype: DType = jnp.float32
