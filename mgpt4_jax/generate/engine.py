@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from mgpt4_jax.config import LlamaConfig, ModelConfig
 from mgpt4_jax.errors import UserError
-from mgpt4_jax.generate.decoder import embed_ids, next_logits, run_decoder
+from mgpt4_jax.generate.decoder import Read, embed_ids, next_logits, pack_decoder, read_tree, run_decoder
 from mgpt4_jax.generate.sampling import (
     MAX_STOPS,
     STOP_WIDTH,
@@ -36,10 +36,10 @@ from mgpt4_jax.generate.sampling import (
 )
 from mgpt4_jax.models.layers import Cache, embed_with_images
 from mgpt4_jax.models.llama import empty_cache
-from mgpt4_jax.sharding import BATCH
+from mgpt4_jax.sharding import BATCH, make_mesh
 from mgpt4_jax.typing import Array, Bool, DType, Float, Int, Params
 
-CHUNK = 16  # most decode steps between two looks of the host
+CHUNK = 32  # most decode steps between two looks of the host
 MAX_IMAGES = 16  # pictures in one request
 MAX_EOS = 4
 STOP_SHAPE = (MAX_STOPS + MAX_EOS, STOP_WIDTH)
@@ -95,7 +95,7 @@ class _Answering:
 
 
 class Engine:
-    """Runs requests. ``params`` are those of ``decoder.pack_decoder``, on the devices of ``mesh``.
+    """Runs requests with the language model of ``params``, the tree of a model or a function that reads it.
 
     ``slots`` (a power of two) rows are decoded together; a prompt and its answer fit in ``max_length``.
     """
@@ -103,8 +103,8 @@ class Engine:
     def __init__(
         self,
         config: ModelConfig,
-        params: Params,
-        mesh: Mesh,
+        params: Params | Read,
+        mesh: Mesh | None = None,
         *,
         dtype: DType = jnp.float32,
         slots: int = 8,
@@ -118,8 +118,10 @@ class Engine:
             raise UserError(f"slots must be a power of two, got {slots}")
         if len(eos_ids) > MAX_EOS:
             raise UserError(f"{len(eos_ids)} end-of-sequence ids; at most {MAX_EOS} are supported")
-        self.config, self.params, self.mesh, self.dtype = config, params, mesh, dtype
-        self.slots, self.eos_ids = slots, eos_ids
+        mesh = mesh or make_mesh()
+        read = params if callable(params) else read_tree(params["llama"])
+        self.config, self.dtype, self.slots, self.eos_ids = config, dtype, slots, eos_ids
+        self.params = pack_decoder(config.llama, read, dtype, mesh)
         self.max_length = min(max_length or config.llama.max_positions, config.llama.max_positions)
         self.lengths = length_buckets(self.max_length)
         llama, place = config.llama, partial(_place, mesh)
@@ -131,18 +133,17 @@ class Engine:
 
     # -- shapes ---------------------------------------------------------------------------------
 
-    def buckets(self) -> list[tuple[str, int, ...]]:
+    def buckets(self) -> list[tuple[str | int, ...]]:
         """Every program that can be compiled: its name and sizes."""
         slots, lengths = _powers(self.slots), self.lengths
         images = _powers(MAX_IMAGES) if self.config.vit else [0]
         fitting = [(t, s) for s in lengths for t in lengths if t <= s]
-        return [
-            *(("empty", b, s) for b in slots for s in lengths),
-            *(("grow", b, t, s) for b in slots for t, s in fitting if t < s),
-            *(("prefill", r, t, i) for r in slots for t in lengths for i in images),
-            *(("insert", r, t, b, s) for b in slots for r in _powers(b) for t, s in fitting),
-            *(("decode", b, s) for b in slots for s in lengths),
-        ]
+        programs: list[tuple[str | int, ...]] = [("empty", b, s) for b in slots for s in lengths]
+        programs += [("grow", b, t, s) for b in slots for t, s in fitting if t < s]
+        programs += [("prefill", r, t, i) for r in slots for t in lengths for i in images]
+        programs += [("insert", r, t, b, s) for b in slots for r in _powers(b) for t, s in fitting]
+        programs += [("decode", b, s) for b in slots for s in lengths]
+        return programs
 
     def num_compiled(self) -> int:
         """Programs that exist now."""
@@ -173,12 +174,12 @@ class Engine:
 
     # -- running --------------------------------------------------------------------------------
 
-    def run(self, requests: Iterable[Request], *, chunk: int = CHUNK) -> Iterator[Update]:
+    def run(self, requests: Iterable[Request], *, chunk: int = 16) -> Iterator[Update]:
         """Answer ``requests``, which are taken as slots become free; updates come as they are made.
 
         ``chunk`` (up to ``CHUNK``) steps are decoded between two updates.
         """
-        waiting = enumerate(requests)
+        waiting: Iterator[tuple[int, Request]] = enumerate(requests)
         first = list(itertools.islice(waiting, self.slots))
         if not first:
             return

@@ -40,14 +40,18 @@ class SamplingParams:
     stop: tuple[str, ...] = ()  # the text ends before the first of them
     stop_ids: tuple[tuple[int, ...], ...] = ()  # sequences of token ids that end the answer
 
+    def with_stops(self, sequences: tuple[tuple[int, ...], ...]) -> SamplingParams:
+        return dataclasses.replace(self, stop_ids=sequences)
+
 
 PARAMETER_NAMES = tuple(field.name for field in dataclasses.fields(SamplingParams))
+BEAM_NAMES = ("num_beams", "length_penalty")
 
 
 def sampling_params(values: Mapping[str, Any], defaults: SamplingParams | None = None) -> SamplingParams:
     """Checked parameters; a name or value that makes no sense raises ``UserError`` with one line."""
     if unknown := sorted(set(values) - set(PARAMETER_NAMES)):
-        if unknown[0] in ("num_beams", "length_penalty"):
+        if unknown[0] in BEAM_NAMES:
             raise UserError(f"{unknown[0]}: beam search is not supported yet; leave it out to decode greedily")
         raise UserError(f"unknown parameter {unknown[0]!r}; known: {', '.join(PARAMETER_NAMES)}")
     checked = {name: _CHECKS[name](name, value) for name, value in values.items()}

@@ -136,7 +136,9 @@ def test_stop_sequences_stop_their_row_only(engine: Engine, rng: np.random.Gener
     ids = free[1].ids
     stop = dataclasses.replace(plain[1].sampling, stop_ids=(tuple(ids[3:6]), (VOCAB - 1, 1)))
     single = dataclasses.replace(plain[2].sampling, stop_ids=((free[2].ids[4],),))
-    requests = [plain[0], dataclasses.replace(plain[1], sampling=stop), dataclasses.replace(plain[2], sampling=single), plain[3]]
+    requests = list(plain)
+    requests[1] = dataclasses.replace(plain[1], sampling=stop)
+    requests[2] = dataclasses.replace(plain[2], sampling=single)
     stopped = answers(without_eos(engine), requests)
     assert stopped[1].ids == ids[:6] and stopped[1].finish_reason == "stop"
     assert stopped[2].ids == free[2].ids[: free[2].ids.index(free[2].ids[4]) + 1]
@@ -211,7 +213,8 @@ def test_changing_sampling_compiles_nothing(engine: Engine, rng: np.random.Gener
     request = prompt(rng, 7)
     answers(engine, [request])
     before = engine.num_compiled()
-    for values in ({"temperature": 0.7, "seed": 3}, {"top_k": 4, "top_p": 0.3}, {"repetition_penalty": 2.0, "stop_ids": [5]}):
+    others = ({"temperature": 0.7, "seed": 3}, {"top_k": 4, "top_p": 0.3}, {"repetition_penalty": 2.0, "stop_ids": [5]})
+    for values in others:
         answers(engine, [dataclasses.replace(request, sampling=sampling_params({"max_new_tokens": 9, **values}))])
     assert engine.num_compiled() == before
 

@@ -1,0 +1,85 @@
+"""How much memory answering takes, before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from mgpt4_jax.checkpoint import flatten
+from mgpt4_jax.config import ModelConfig
+from mgpt4_jax.models import abstract_params
+from mgpt4_jax.typing import DType
+
+WORK_BYTES = 1 << 29  # activations of the picture side and of a prefill, and the compiler
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on one device."""
+
+    dtype: str
+    language_model: int
+    picture_side: int
+    cache: int  # keys and values when every slot holds the longest answer
+    slots: int
+    max_length: int
+    free: int | None  # None: the device does not say
+
+    @property
+    def total(self) -> int:
+        return self.language_model + self.picture_side + self.cache + WORK_BYTES
+
+    @property
+    def fits(self) -> bool:
+        return self.free is None or self.total <= self.free
+
+    def __str__(self) -> str:
+        free = "" if self.free is None else f" of {_gigabytes(self.free)} free"
+        return (
+            f"memory a device ({self.dtype}): language model {_gigabytes(self.language_model)}, "
+            f"picture side {_gigabytes(self.picture_side)}, cache up to {_gigabytes(self.cache)} "
+            f"({self.slots} rows of {self.max_length} tokens), in all {_gigabytes(self.total)}{free}"
+        )
+
+
+def plan_memory(config: ModelConfig, mesh: Mesh, dtype: DType, slots: int, max_length: int) -> MemoryPlan:
+    leaves = flatten(abstract_params(config))
+    width = jnp.dtype(dtype).itemsize
+    cuts = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    language = sum(leaf.size for path, leaf in leaves.items() if path.startswith("llama/"))
+    rest = sum(leaf.size for path, leaf in leaves.items() if not path.startswith("llama/"))
+    llama, cache = config.llama, 0
+    if llama is not None:
+        cache = 2 * llama.num_layers * llama.num_kv_heads * llama.head_dim * slots * max_length
+    devices = mesh.devices.size
+    return MemoryPlan(
+        dtype=jnp.dtype(dtype).name,
+        language_model=language * width // cuts,
+        picture_side=rest * width // cuts,
+        cache=cache * width // devices,
+        slots=slots,
+        max_length=max_length,
+        free=free_memory(mesh.devices.flat[0], devices),
+    )
+
+
+def free_memory(device: jax.Device, sharing: int = 1) -> int | None:
+    """Bytes that can still be taken; simulated CPU devices share the machine's."""
+    if device.platform == "cpu":
+        info = Path("/proc/meminfo")
+        if not info.exists():
+            return None
+        fields = dict(line.split(":") for line in info.read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024 // sharing
+    stats = device.memory_stats() or {}
+    if "bytes_limit" not in stats:
+        return None
+    return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 5e7 else f"{size / 1e6:.1f} MB"
