@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from mgpt4_jax.checkpoint import ModelManifest, ParamsWriter, SourceFile, new_directory
+from mgpt4_jax.data.prompts import get_template
 from mgpt4_jax.data.text import copy_tokenizer
 from mgpt4_jax.errors import UserError
 from mgpt4_jax.models import abstract_params
@@ -56,6 +58,8 @@ def convert(
 
     Tensors keep the dtype of the file. Raises ``UserError``; ``out`` then is as it was.
     """
+    if template is not None:
+        get_template(template)
     sources = open_sources(vit, qformer, llm, llm_delta, projection, from_dir)
     if image_size is not None:
         overrides = {**(overrides or {}), "vit": {**(overrides or {}).get("vit", {}), "image_size": image_size}}
@@ -132,27 +136,33 @@ def _check_space(out: Path, needed: int) -> None:
         raise UserError(f"{out}: needs {needed / 1e9:.1f} GB, only {free / 1e9:.1f} GB are free on that disk")
 
 
+def source_files(sources: Mapping[str, Source]) -> list[tuple[str, Path]]:
+    """(role, file) of every file; the delta of a sum has the role ``llm_delta``."""
+    files = []
+    for role, source in sources.items():
+        parts = {role: source}
+        if isinstance(source, SumSource):
+            parts = {role: source.base, "llm_delta": source.delta}
+        files += [(name, path) for name, part in parts.items() for path in part.files]
+    return files
+
+
 @contextlib.contextmanager
 def _hashing(sources: Mapping[str, Source]) -> Iterator[list[Future[SourceFile]]]:
-    """Hash the files on a second thread while the first converts them; yields futures of ``SourceFile``."""
-    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sha256")
-    try:
-        jobs: list[Future[SourceFile]] = []
-        for role, source in sources.items():
-            named = {role: source}
-            if isinstance(source, SumSource):
-                named = {role: source.base, "llm_delta": source.delta}
-            for name, part in named.items():
-                jobs += [pool.submit(_hash, name, path) for path in part.files]
-        yield jobs
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    """Hash the files on a second thread while the first converts them; a failure stops both."""
+    stop = threading.Event()
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="sha256") as pool:
+        try:
+            yield [pool.submit(hash_file, role, path, stop) for role, path in source_files(sources)]
+        finally:
+            stop.set()
 
 
-def _hash(role: str, path: Path) -> SourceFile:
+def hash_file(role: str, path: Path, stop: threading.Event | None = None) -> SourceFile:
+    """Name, size and sha256 of a file; cut short (and wrong) once ``stop`` is set."""
     digest, size = hashlib.sha256(), 0
     with path.open("rb") as file:
-        while block := file.read(_HASH_BLOCK):
+        while (stop is None or not stop.is_set()) and (block := file.read(_HASH_BLOCK)):
             digest.update(block)
             size += len(block)
     return SourceFile(role, path.name, size, digest.hexdigest())

@@ -27,7 +27,7 @@ from mgpt4_jax.errors import UserError
 from . import eva, llama, qformer
 from .hf_config import export_config
 from .readers import import_torch
-from .rules import Alias, Rule, Table, read_back
+from .rules import Alias, Entry, Rule, Table, read_back
 
 FORMATS = ("minigpt4", "lavis", "hf")
 _SHARD_BYTES = 2 << 30  # what one shard may hold is what memory must hold
@@ -79,7 +79,7 @@ def _export_minigpt4(model_dir: Path, manifest: ModelManifest, out: Path, overwr
     return out
 
 
-def projection_table(config: ModelConfig, name: str) -> Table:
+def projection_table(config: ModelConfig, name: str) -> list[Entry]:
     if config.qformer is not None:
         inputs = config.qformer.hidden_size
     else:
@@ -87,13 +87,14 @@ def projection_table(config: ModelConfig, name: str) -> Table:
     return llama.projection(name, inputs, config.llama.hidden_size)
 
 
-def lavis_tables(model_dir: Path, manifest: ModelManifest) -> dict[str, Table]:
+def lavis_tables(model_dir: Path, manifest: ModelManifest) -> Mapping[str, Table]:
     """File name -> its table, for the sides that the model has."""
-    config, tables = manifest.config, {}
+    config = manifest.config
+    tables: dict[str, list[Entry]] = {}
     if config.vit is not None:
         vit = config.vit
         tables["eva_vit_g.pth"] = eva.lavis_vit(vit, source_grid=vit.grid_size, source_layers=vit.num_layers)
-    reader: list[Any] = [] if config.qformer is None else qformer.lavis_qformer(config.qformer)
+    reader: list[Entry] = [] if config.qformer is None else qformer.lavis_qformer(config.qformer)
     if config.vit is not None and (reader or not _is_default_norm(model_dir)):
         reader += eva.ln_vision(config.vit)
     if config.architecture == "blip2":
@@ -167,7 +168,7 @@ def hugging_face_table(model_dir: Path, config: ModelConfig) -> Table:
     if config.architecture == "encoder" or config.qformer is None:
         what = "picture side alone" if config.architecture == "encoder" else "MiniGPT-4 without a Q-Former"
         raise UserError(f"{model_dir}: a {what} has no class in Hugging Face; use --format lavis")
-    table: list[Any] = eva.hugging_face_vit(config.vit, source_grid=config.vit.grid_size)
+    table: list[Entry] = eva.hugging_face_vit(config.vit, source_grid=config.vit.grid_size)
     if config.architecture == "blip2":
         table += qformer.blip2_qformer(config.qformer)
         return table + qformer.stage1_heads(config.qformer, config.projection_size, hugging_face=True)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from mgpt4_jax.errors import UserError
+
 from .huggingface import infer_hugging_face
-from .inferred import Inferred, Overrides
+from .inferred import PARTS, Inferred, Overrides
 from .lavis import LavisFiles
 from .readers import Source
 
@@ -22,6 +24,9 @@ def infer(
     Raises ``UserError`` for parts that do not belong together or are not supported.
     """
     overrides = overrides or {}
+    for part in PARTS:
+        if not isinstance(fields := overrides.get(part, {}), Mapping):
+            raise UserError(f"overrides: {part} must map fields to values, such as {{num_heads: 4}}; got {fields!r}")
     model = sources.get("model")
     if model is None:
         result = LavisFiles(sources, overrides, allow_llm_mismatch).infer()
@@ -30,6 +35,6 @@ def infer(
     else:
         result = infer_hugging_face(model, overrides)
     for part in overrides:
-        if part in ("vit", "qformer", "llama") and getattr(result.config, part) is None:
+        if part in PARTS and getattr(result.config, part) is None:
             result.warnings.append(f"the overrides of {part} have no effect: this model has no {part}")
     return result

@@ -17,6 +17,7 @@ from .rules import Part
 Overrides = Mapping[str, Mapping[str, Any]]
 Keys = Mapping[str, TensorInfo]
 QFORMER_HEADS = {768: 12}
+PARTS = ("vit", "qformer", "llama")
 
 
 @dataclass
@@ -45,7 +46,7 @@ def qformer_config(
             f"{source.path}: cross-attention stands in layers {crossed} of {layers}; expected every n-th from 0"
         )
     words = f"{embeddings}.word_embeddings.weight"
-    text = {}
+    text: dict[str, Any] = {}
     if words in keys:
         places = shape_of(source, f"{embeddings}.position_embeddings.weight", 2)[0]
         text = {"with_text": True, "vocab_size": keys[words].shape[0], "max_positions": places}
@@ -65,8 +66,11 @@ def qformer_config(
 def heads_of(part: str, width: int, known: Mapping[int, int], overrides: Overrides, source: Source) -> int:
     heads = overrides.get(part, {}).get("num_heads") or known.get(width)
     if heads is None:
-        raise UserError(f"{source.path}: width {width} does not tell its heads; give --override {part}.num_heads=N")
-    if width % heads:
+        raise UserError(
+            f"{source.path}: width {width} does not tell its heads; "
+            f"write `{part}: {{num_heads: N}}` in a YAML file and give it as --overrides"
+        )
+    if not isinstance(heads, int) or heads < 1 or width % heads:
         raise UserError(f"{part}.num_heads={heads} does not divide the width {width} of {source.path}")
     return heads
 
@@ -95,8 +99,7 @@ def count_layers(keys: Keys, pattern: str) -> int:
 
 def apply_overrides(config: ModelConfig, overrides: Overrides) -> ModelConfig:
     """Overrides of a part that the model lacks are left out (the caller warns)."""
-    parts = ("vit", "qformer", "llama")
-    present = {key: value for key, value in overrides.items() if key not in parts or getattr(config, key) is not None}
+    present = {key: value for key, value in overrides.items() if key not in PARTS or getattr(config, key) is not None}
     return replace_fields(config, present)
 
 
@@ -117,7 +120,7 @@ def check_config(config: ModelConfig, names: str) -> None:
 def guess_template(config: ModelConfig) -> str:
     """The conversation the published weights were trained with; ``--template`` overrides it."""
     if config.architecture != "minigpt4":
-        return "none"
+        return "instructblip" if config.architecture == "instructblip" else "none"
     return "vicuna_v0" if config.qformer is not None else "llama2"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 
@@ -84,17 +85,15 @@ class LavisFiles:
         keys = {} if self.owner["projection"] is None else self._source("projection").tensors()
         instructed = "llm_proj.weight" in keys and reader is not None and reader.with_text
         if llm is not None and vit is None:
-            architecture = "llama"
+            config = ModelConfig("llama", llama=llama_part)
         elif llm is not None:
-            architecture = "instructblip" if instructed else "minigpt4"
             reader = self._reader_for_llm(vit, reader, llama_part, instructed)
-        elif self.owner["heads"] is not None and reader is not None and reader.with_text:
-            architecture = "blip2"
+            config = ModelConfig("instructblip" if instructed else "minigpt4", vit, reader, llama_part)
+        elif (heads := self._source("heads")) is not None and reader is not None and reader.with_text:
+            size = shape_of(heads, "vision_proj.weight", 2)[0]
+            config = ModelConfig("blip2", vit, reader, projection_size=size)
         else:
-            architecture = "encoder"
-        heads = self._source("heads")
-        size = heads.tensors()["vision_proj.weight"].shape[0] if architecture == "blip2" else 256
-        config = ModelConfig(architecture, vit, reader, llama_part, projection_size=size)
+            config = ModelConfig("encoder", vit, reader)
         config = apply_overrides(config, self.overrides)
         check_config(config, self._names())
         return config, (grid, layers)
@@ -112,9 +111,9 @@ class LavisFiles:
             raise UserError(f"{file.path}: holds no llama_proj; --projection wants pretrained_minigpt4.pth")
         if self.owner["projection"] is not None and not has_llm:
             raise UserError(f"{self._source('projection').path}: holds a projection; add --llm, what it projects into")
-        needs_vit = self.owner["ln_vision"] or self.owner["heads"] or (self.owner["qformer"] and has_llm)
-        if not has_vit and (needs_vit or self.owner["projection"]):
-            role = needs_vit or self.owner["projection"]
+        sides = ("ln_vision", "heads", "projection", *(("qformer",) if has_llm else ()))
+        role = next((self.owner[side] for side in sides if self.owner[side] is not None), None)
+        if not has_vit and role is not None:
             raise UserError(f"{self.sources[role].path}: comes without its vision transformer; add --vit eva_vit_g.pth")
 
     def _reader_for_llm(
@@ -259,6 +258,10 @@ def lavis_qformer_config(source: Source, overrides: Overrides) -> QformerConfig:
 
 def _without_text(config: QformerConfig) -> QformerConfig:
     plain = QformerConfig()
-    fields = {"with_text": False, "with_lm_head": False}
-    fields |= {"vocab_size": plain.vocab_size, "max_positions": plain.max_positions}
-    return QformerConfig(**{**vars(config), **fields})
+    return dataclasses.replace(
+        config,
+        with_text=False,
+        with_lm_head=False,
+        vocab_size=plain.vocab_size,
+        max_positions=plain.max_positions,
+    )

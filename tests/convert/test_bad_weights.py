@@ -288,8 +288,13 @@ def test_shapes_that_make_no_model(tmp_path):
     refused(tmp_path, r"pos_embed has shape \[17, 32\], expected 3 axes", vit=flat)
     crossed = {key: value for key, value in load(QFORMER).items() if ".layer.0.crossattention." not in key}
     refused(tmp_path, "cross-attention stands in layers", vit=VIT, qformer=save(tmp_path / "q.pth", crossed))
-    refused(tmp_path, "width 32 does not tell its heads.*vit.num_heads", vit=VIT, overrides={})
+    refused(
+        tmp_path, "width 32 does not tell its heads; write `vit: {num_heads: N}`.*--overrides", vit=VIT, overrides={}
+    )
     refused(tmp_path, "num_heads=5 does not divide", vit=VIT, overrides={"vit": {"num_heads": 5}})
+    refused(tmp_path, "num_heads=four does not divide", vit=VIT, overrides={"vit": {"num_heads": "four"}})
+    refused(tmp_path, "vit must map fields to values", vit=VIT, overrides={"vit": 4})
+    refused(tmp_path, "unknown template 'vicuna9'", vit=VIT, template="vicuna9")
     refused(tmp_path, "no multiple of the patch size", vit=VIT, image_size=90)
     refused(tmp_path, "unknown key model.vit.depth", vit=VIT, overrides={"vit": {"num_heads": 4, "depth": 3}})
 

@@ -308,7 +308,9 @@ def test_export_leaves_what_is_there_alone(minigpt4, tmp_path):
 def test_an_altered_model_directory_is_not_exported(minigpt4, tmp_path):
     damaged = tmp_path / "model"
     shutil.copytree(minigpt4, damaged)
-    chunk = next(path for path in (damaged / "params" / "projection.kernel").rglob("*") if path.is_file() and "c" in path.parts)
+    chunk = next(
+        path for path in (damaged / "params" / "projection.kernel").rglob("*") if path.is_file() and "c" in path.parts
+    )
     chunk.write_bytes(chunk.read_bytes()[:-8] + b"changed!")
     with pytest.raises(UserError, match="projection/kernel is missing or damaged"):
         export(damaged, format="minigpt4", out=tmp_path / "p.pth")
