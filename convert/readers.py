@@ -30,7 +30,7 @@ FLOAT_DTYPES = {
 }
 _SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64", "I64": "int64"}
 _LEGACY_TORCH = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."  # pickled magic number of old torch.save
-_REMAP_BYTES = 1 << 29
+REMAP_BYTES = 1 << 29
 _OLDEST_TORCH = (2, 10)  # earlier ones have known holes in weights_only (CVE-2026-24747)
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
@@ -224,7 +224,7 @@ class TorchFile:
 
         tensor = self._load()[key].detach().contiguous()
         self._bytes_mapped += tensor.numel() * tensor.element_size()
-        if self.kind == "torch" and self._bytes_mapped > _REMAP_BYTES:
+        if self.kind == "torch" and self._bytes_mapped > REMAP_BYTES:
             self._state, self._bytes_mapped = None, 0
         if tensor.dtype == torch.bfloat16:
             return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)

@@ -25,7 +25,7 @@ from .readers import FLOAT_DTYPES, Source, TensorInfo
 from .transforms import Shape, Transform, contiguous
 
 _LISTED = 12  # lines a section of the diff may have
-_IN_FLIGHT_BYTES = 1 << 28
+IN_FLIGHT_BYTES = 1 << 28
 _DISK_ERRORS = re.compile(r"No space left[^\]]*|Disk quota[^\]]*|Read-only[^\]]*|Permission denied|Input/output error")
 _EXPONENTS = {"float32": 0x7F800000, "float16": 0x7C00, "bfloat16": 0x7F80}
 
@@ -266,7 +266,7 @@ class _Sink:
         if path not in self._leaves:
             self._leaves[path] = self._writer.create(path, self._plan.leaves[path], dtype)
         leaf, values = self._leaves[path], contiguous(values).astype(dtype, copy=False)
-        self._wait(_IN_FLIGHT_BYTES - values.nbytes)
+        self._wait(IN_FLIGHT_BYTES - values.nbytes)
         with _told_plainly():
             leaf.write(row, values)
         self._in_flight.append((leaf, values.nbytes))
