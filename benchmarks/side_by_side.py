@@ -183,7 +183,7 @@ def jax_side(models: Path) -> Callable[..., float]:
     vision = load_params(models / "blip2_jax", jnp.float32)
     encode = jax.jit(lambda params, pixels: blip2.apply({"params": params}, pixels, method="encode_pixels"))
     config = read_manifest(models / "llm_jax").config
-    engine = Engine(config, load_params(models / "llm_jax", jnp.float32), dtype=jnp.float32, slots=8, eos_ids=())
+    engine = Engine(config, load_params(models / "llm_jax", jnp.float32), slots=8, eos_ids=())
 
     def run(action: str, rows: int, seed: int, length: int = 0, new: int = 0) -> float:
         if action == "encode":
