@@ -103,16 +103,22 @@ class Case:
         return "unknown"
 
     @cached_property
-    def weights(self) -> dict[str, tuple[Path, ...]]:
-        """Weight files by role (a key of ``_MARKERS``), the one to convert first, then its copies."""
-        found: dict[str, tuple[Path, ...]] = {}
+    def weights(self) -> dict[str, Path]:
+        """The file of each role (a key of ``_MARKERS``)."""
+        found: dict[str, Path] = {}
         for path in self._files():
             if not path.stem.startswith(_RECORDED_FILES):
-                keys = open_source(path).tensors()
-                role = next((role for role, key in _MARKERS.items() if key in keys), None)
+                tensors = open_source(path).tensors()
+                role = next((role for role, key in _MARKERS.items() if key in tensors), None)
                 if role is not None:
-                    found[role] = (*found.get(role, ()), path)
+                    found.setdefault(role, path)
         return found
+
+    @property
+    def copies(self) -> list[Path]:
+        """Weight files that have the name of another one before them, but for its ending."""
+        files = self._files()
+        return [path for index, path in enumerate(files) if path.stem in {other.stem for other in files[:index]}]
 
     @cached_property
     def language_model(self) -> Path | None:

@@ -1,4 +1,4 @@
-"""Tolerances of the golden cases (their README) and the comparisons, each of which leaves its figure for the summary."""
+"""Tolerances of the golden cases (their README), and comparisons that leave their figures for the summary."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Tolerance:
     atol: float
 
     def __str__(self) -> str:
-        if self.rtol == self.atol:
+        if self.rtol in (0.0, self.atol):
             return f"{self.atol:.0e}"
         return f"{self.atol:.0e} + {self.rtol:.0e} rel"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import pytest
 from cases import Case, all_cases
@@ -33,13 +34,26 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.section("golden: largest errors")
     shown = [(case, name, f"{error:.1e}", allowed, f"{share:.0%}") for case, name, error, allowed, share in rows]
     terminalreporter.write_line(_table(COLUMNS, sorted(set(shown))))
-    waiting = [(str(case), quantity, capability) for case in all_cases() for quantity, capability in unserved(case)]
+    waiting = [row for case in all_cases() for row in _waiting(case)]
     if waiting:
         terminalreporter.section("golden: not served yet")
-        terminalreporter.write_line(_table(("case", "quantity", "comes with"), waiting))
+        terminalreporter.write_line(_table(("case", "comes with", "quantities"), waiting))
 
 
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)]
-    return "\n".join(line.rstrip() for line in lines)
+def _waiting(case: Case) -> list[tuple[str, str, str]]:
+    """A row for each capability that a case waits for."""
+    quantities: dict[str, list[str]] = {}
+    for quantity, capability in unserved(case):
+        quantities.setdefault(capability, []).append(quantity)
+    return [
+        (str(case), capability, f"all {len(names)}" if len(names) == len(case.quantities) else ", ".join(names))
+        for capability, names in quantities.items()
+    ]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Drop the tests of this folder for which the set has no case: pytest would call them skipped."""
+    ours = [item for item in items if item.path.is_relative_to(Path(__file__).parent)]
+    empty = [item for item in ours for mark in item.iter_markers("skip") if "empty parameter set" in str(mark.kwargs)]
+    config.hook.pytest_deselected(items=empty)
+    items[:] = [item for item in items if item not in empty]

@@ -36,9 +36,9 @@ class Converted:
         leaves = {path: np.asarray(leaf) for path, leaf in flatten(tree).items()}
         found = {}
         for move in self.plan.moves:
-            if all(target in leaves for target in move.rule.targets):
-                rows = [leaves[target] if move.row is None else leaves[target][move.row] for target in move.rule.targets]
-                found[move.key] = move.rule.transform.inverse(rows, move.rule.shape)
+            rule, row = move.rule, ... if move.row is None else move.row
+            if all(target in leaves for target in rule.targets):
+                found[move.key] = rule.transform.inverse([leaves[target][row] for target in rule.targets], rule.shape)
         return found
 
 
@@ -54,7 +54,7 @@ def convert_case(case: Case, out: Path, **replaced: Path) -> Converted:
 
 def sources_of(case: Case) -> dict[str, Path]:
     """The converter's arguments: which file plays which role."""
-    files = {role: paths[0] for role, paths in case.weights.items()}
+    files = dict(case.weights)
     if "weights" in case.config:
         files["stage1"] = file_named_by(case, case.config["weights"])
     reader = files.get("stage1") or files.get("qformer") or files.get("ln_vision")

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import Case, recorded
+from claims import RETRIEVAL, STAGE1
 from comparing import LOSS, Compare
 from conversion import Converted
 
@@ -21,26 +22,6 @@ from mgpt4_jax.models import build
 from mgpt4_jax.models.masks import bidirectional_mask, padding_mask
 from mgpt4_jax.typing import Array
 
-STAGE1 = (
-    "image_embeds",
-    "query_last",
-    "image_feats",
-    "text_cls",
-    "text_feat",
-    "sim_[it]2[it]",
-    "itm_logits",
-    "loss_lm",
-    "grads_itg",
-    "ret_loss_lm",
-    "feat_*",
-    "compute_itm",
-    "text_ids",
-    "text_mask",
-    "config.temp",
-)
-RETRIEVAL = ("score_i2t", "score_t2i")
-# The pairs that the original drew at random.
-GIVEN = ("neg_*_idx", "ret_neg_*_idx", "ret_image_id", "itm_labels")
 LABEL_SMOOTHING = 0.1  # of BLIP-2's caption loss
 OUTSIDE = -100.0  # score of a pair that was not matched again
 

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 from cases import Case, recorded
+from claims import CAPTIONS, EVALUATION_TRANSFORM, RESIZED, TRAINING_TRANSFORM
 from comparing import PIXEL, Compare
 
 from mgpt4_jax.data.images import crop_transform, eval_transform, load_image, resize
 from mgpt4_jax.data.text import clean_caption
 
-CHECKED = ("eval_*", "resized_u8_*", "train_[0-9]*", "captions.*")
-GIVEN = ("train_box_*", "train_flip_*")  # what the original drew at random
 CAPTION_PROMPT = "a photo of "  # of LAVIS's caption fine-tuning
 
 
@@ -21,7 +20,7 @@ def image_of(case: Case, index: str) -> Path:
     return next(path for path in sorted(case.directory.glob(f"image_{index}.*")))
 
 
-@pytest.mark.parametrize(("case", "quantity"), recorded("preprocess", "eval_*"))
+@pytest.mark.parametrize(("case", "quantity"), recorded("preprocess", *EVALUATION_TRANSFORM))
 def test_evaluation_transform(case: Case, quantity: str, compare: Compare) -> None:
     index, size, rows = re.fullmatch(r"eval_(\d+)_(\d+)(?:_rows([\d_]+))?", quantity).groups()
     pixels = eval_transform(load_image(image_of(case, index)), int(size)).transpose(2, 0, 1)
@@ -30,13 +29,13 @@ def test_evaluation_transform(case: Case, quantity: str, compare: Compare) -> No
     compare.close(pixels, case.outputs[quantity], PIXEL)
 
 
-@pytest.mark.parametrize(("case", "quantity"), recorded("preprocess", "resized_u8_*"))
+@pytest.mark.parametrize(("case", "quantity"), recorded("preprocess", *RESIZED))
 def test_resize_to_the_byte(case: Case, quantity: str, compare: Compare) -> None:
     index, size = re.fullmatch(r"resized_u8_(\d+)_(\d+)", quantity).groups()
     compare.equal(resize(load_image(image_of(case, index)), int(size)), case.outputs[quantity])
 
 
-@pytest.mark.parametrize(("case", "quantity"), recorded("preprocess", "train_[0-9]*"))
+@pytest.mark.parametrize(("case", "quantity"), recorded("preprocess", *TRAINING_TRANSFORM))
 def test_training_crop_and_mirror(case: Case, quantity: str, compare: Compare) -> None:
     index, expected = quantity.removeprefix("train_"), case.outputs[quantity]
     box, flip = case.outputs[f"train_box_{index}"], bool(case.outputs[f"train_flip_{index}"])
@@ -44,7 +43,7 @@ def test_training_crop_and_mirror(case: Case, quantity: str, compare: Compare) -
     compare.close(pixels.transpose(2, 0, 1), expected, PIXEL)
 
 
-@pytest.mark.parametrize(("case", "quantity"), recorded("preprocess", "captions.*"))
+@pytest.mark.parametrize(("case", "quantity"), recorded("preprocess", *CAPTIONS))
 def test_captions(case: Case, quantity: str, compare: Compare) -> None:
     """``blip_caption``, and with a prompt and few words ``blip_caption_prompt_max4``."""
     name = quantity.removeprefix("captions.")
@@ -53,4 +52,3 @@ def test_captions(case: Case, quantity: str, compare: Compare) -> None:
     if "_prompt" in name:
         options["prompt"] = CAPTION_PROMPT
     compare.equal([clean_caption(text, **options) for text in case.captions["inputs"]], case.captions[name])
-

@@ -10,25 +10,24 @@ import jax
 import jax.numpy as jnp
 import pytest
 from cases import Case, recorded
+from claims import QFORMER
 from comparing import LOSS, Compare
 from conversion import Converted
 
-from mgpt4_jax.losses import caption_loss, token_losses
+from mgpt4_jax.losses import IGNORED, caption_loss, token_losses
 from mgpt4_jax.models.masks import bidirectional_mask, decode_mask, multimodal_causal_mask, padding_mask
 from mgpt4_jax.models.qformer import Qformer, QformerCache, empty_qformer_cache
 from mgpt4_jax.typing import Array
 
-CHECKED = ("image_only_*", "text_only_*", "multimodal_*", "itg_logits", "itg_loss*", "itg_unilm_*", "itg_extended_mask_*")
-# Recorded, but not made by a model: what the others were computed from.
-GIVEN = ("itg_decoder_input_ids", "itg_labels")
 LABEL_SMOOTHING = 0.1  # of BLIP-2's caption loss
 
 
 def run(converted: Converted) -> dict[str, Any]:
     """Every quantity by its recorded name, from one compiled program."""
-    arrays = {**converted.case.inputs, **converted.case.outputs}
-    names = ("image_embeds", "image_atts", "image_atts_masked", "text_ids", "text_mask", *GIVEN)
-    return jax.jit(lambda given: everything(converted, given))({name: jnp.asarray(arrays[name]) for name in names})
+    config, given = converted.case.config, {name: jnp.asarray(x) for name, x in converted.case.inputs.items()}
+    ids = given["text_ids"].at[:, 0].set(config["dec_token_id"])
+    given["decoder_ids"], given["labels"] = ids, jnp.where(ids == config["pad_token_id"], IGNORED, ids)
+    return jax.jit(lambda given: everything(converted, given))(given)
 
 
 def everything(converted: Converted, given: dict[str, Array]) -> dict[str, Any]:
@@ -57,7 +56,7 @@ def everything(converted: Converted, given: dict[str, Array]) -> dict[str, Any]:
             return qformer.lm_logits(qformer(*inputs, **options).text)
 
         scores = Qformer(config).apply(variables, method=logits)
-        targets = given["itg_labels"]
+        targets = given["labels"]
         loss, _ = caption_loss(scores, targets, label_smoothing=LABEL_SMOOTHING)
         per_token, _ = token_losses(scores, targets, label_smoothing=LABEL_SMOOTHING)
         return {
@@ -66,7 +65,7 @@ def everything(converted: Converted, given: dict[str, Array]) -> dict[str, Any]:
             f"{name}_loss_per_sample_sum": per_token.sum(axis=1),
         }
 
-    ids = given["itg_decoder_input_ids"]
+    ids = given["decoder_ids"]
     keys_valid = jnp.concatenate([jnp.ones((ids.shape[0], q), bool), valid], axis=1)
     cached_mask = decode_mask(q + jnp.arange(t)[None], q + t) & padding_mask(keys_valid)
     unilm_mask = multimodal_causal_mask(q, valid)
@@ -78,6 +77,8 @@ def everything(converted: Converted, given: dict[str, Array]) -> dict[str, Any]:
         **masked,
         **caption("itg", None, ids, mask=cached_mask, cache=image_out.cache, start=q),
         **caption("itg_unilm", images, ids, mask=unilm_mask),
+        "itg_decoder_input_ids": ids,
+        "itg_labels": given["labels"],
         "itg_extended_mask_cached": cached_mask,
         "itg_extended_mask_unilm": unilm_mask,
     }
@@ -109,11 +110,13 @@ def results(converted: Callable[[Case], Converted]) -> Callable[[Case], dict[str
     return cache(lambda case: run(converted(case)))
 
 
-@pytest.mark.parametrize(("case", "quantity"), recorded("qformer", *CHECKED))
+@pytest.mark.parametrize(("case", "quantity"), recorded("qformer", *QFORMER))
 def test_recorded(case: Case, quantity: str, results: Any, compare: Compare) -> None:
     actual, expected = results(case)[quantity], case.outputs[quantity]
     if "extended_mask" in quantity:  # additive there (0 or -10000, with an axis for heads), boolean here
         allowed = (expected == 0).squeeze(1)
         compare.equal(jnp.broadcast_to(actual, allowed.shape), allowed)
+    elif expected.dtype.kind == "i":
+        compare.equal(actual, expected)
     else:
         compare.close(actual, expected, *[LOSS] * ("loss" in quantity))

@@ -8,7 +8,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from cases import Case
 from conversion import Converted
@@ -29,8 +28,6 @@ from mgpt4_jax.typing import Array
 
 STAGE1 = {"end_symbol": "\n", "max_text_length": 32}  # class defaults of the original
 STAGE2_TEXT_LENGTH = 160
-# Recorded names are "<batch>_<field>", as in "stage2_logits".
-FIELDS = ("inputs_embeds", "attention_mask", "targets", "logits", "loss", "loss_reduction_none", "grad_llama_proj.*")
 
 
 def sequences(case: Case, name: str, tokenizer: Tokenizer, tokens_per_image: int) -> list[TrainingSequence]:

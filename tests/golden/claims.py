@@ -1,0 +1,81 @@
+"""Which recorded quantities the tests check, by kind of case: patterns of names, one constant for each test."""
+
+from __future__ import annotations
+
+from cases import Case, is_claimed
+
+EVA = (
+    "pos_embed_used",
+    "patch_embed",
+    "attn_0",
+    "mlp_0",
+    "block_*",
+    "features",
+    "ln_vision_out",
+    "probe_loss",
+    "grads",
+    "grad_image",
+)
+QFORMER = ("image_only_*", "text_only_*", "multimodal_*", "itg_*")
+STAGE1 = (
+    "image_embeds",
+    "query_last",
+    "image_feats",
+    "text_cls",
+    "text_feat",
+    "sim_[it]2[it]",
+    "itm_logits",
+    "loss_lm",
+    "grads_itg",
+    "ret_loss_lm",
+    "feat_*",
+    "compute_itm",
+    "text_ids",
+    "text_mask",
+    "config.temp",
+)
+RETRIEVAL = ("score_i2t", "score_t2i")
+# Of a MiniGPT-4 training batch, recorded as "<batch>_<field>".
+TRAINING_FIELDS = (
+    "inputs_embeds",
+    "attention_mask",
+    "targets",
+    "logits",
+    "loss",
+    "loss_reduction_none",
+    "grad_llama_proj.weight",
+    "grad_llama_proj.bias",
+)
+TRAINING = ("img_embeds", *(f"*_{field}" for field in TRAINING_FIELDS))
+SEGMENTS = ("config.answer_ids", "config.prompt_segments_ids", "config.gen_context_segments_ids")
+CONTEXTS = ("gen_context_emb_*", "gen_first_logits_*", "chat_truncated_context", "multi_image_context")
+GREEDY = ("gen_greedy*", "config.generate.greedy*.text")
+STOP_TEST = ("config.stop_test",)
+CHAT = ("config.chat_turns",)
+EVALUATION_TRANSFORM = ("eval_*",)
+RESIZED = ("resized_u8_*",)
+TRAINING_TRANSFORM = ("train_[0-9]*",)
+CAPTIONS = ("captions.*",)
+
+CHECKED = {
+    "eva": EVA,
+    "qformer": QFORMER,
+    "blip2_stage1": STAGE1,
+    "blip2_retrieval": RETRIEVAL,
+    "minigpt4": (*TRAINING, *SEGMENTS, *CONTEXTS, *GREEDY, *STOP_TEST, *CHAT),
+    "minigptv2": TRAINING,
+    "preprocess": (*EVALUATION_TRANSFORM, *RESIZED, *TRAINING_TRANSFORM, *CAPTIONS),
+}
+# What the original drew at random or was told: tests start from it.
+GIVEN = {
+    "blip2_stage1": ("neg_*_idx", "ret_neg_*_idx", "ret_image_id", "itm_labels"),
+    "preprocess": ("train_box_*", "train_flip_*"),
+}
+
+
+def is_checked(case: Case, quantity: str) -> bool:
+    return is_claimed(quantity, CHECKED.get(case.kind, ()))
+
+
+def is_given(case: Case, quantity: str) -> bool:
+    return is_claimed(quantity, GIVEN.get(case.kind, ()))
