@@ -30,13 +30,17 @@ _WEIGHTS = (".pth", ".pt", ".bin", ".safetensors")  # the first of them is taken
 _RECORDED_FILES = ("grads", "params")  # tensors that are results, not weights
 _RESULTS = (
     "answer_ids",
+    "bos",
     "chat_turns",
     "checkpoint_keys",
+    "dec_token_id",
     "decay",
+    "eos",
     "gen_context_segments_ids",
     "metrics",
     "multi_select_ranks",
     "no_decay",
+    "pad_token_id",
     "param_groups",
     "prompt_segments_ids",
     "saved_checkpoint_model_keys",

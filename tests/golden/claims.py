@@ -34,6 +34,7 @@ STAGE1 = (
     "text_mask",
     "config.temp",
 )
+SPECIAL_IDS = ("config.bos", "config.eos", "config.pad_token_id", "config.dec_token_id")
 RETRIEVAL = ("score_i2t", "score_t2i")
 # Of a MiniGPT-4 training batch, recorded as "<batch>_<field>".
 TRAINING_FIELDS = (
@@ -59,11 +60,11 @@ CAPTIONS = ("captions.*",)
 
 CHECKED = {
     "eva": EVA,
-    "qformer": QFORMER,
-    "blip2_stage1": STAGE1,
+    "qformer": (*QFORMER, *SPECIAL_IDS),
+    "blip2_stage1": (*STAGE1, *SPECIAL_IDS),
     "blip2_retrieval": RETRIEVAL,
-    "minigpt4": (*TRAINING, *SEGMENTS, *CONTEXTS, *GREEDY, *STOP_TEST, *CHAT),
-    "minigptv2": TRAINING,
+    "minigpt4": (*SPECIAL_IDS, *TRAINING, *SEGMENTS, *CONTEXTS, *GREEDY, *STOP_TEST, *CHAT),
+    "minigptv2": (*SPECIAL_IDS, *TRAINING),
     "preprocess": (*EVALUATION_TRANSFORM, *RESIZED, *TRAINING_TRANSFORM, *CAPTIONS),
 }
 # What the original drew at random or was told: tests start from it.
