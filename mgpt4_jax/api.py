@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from PIL import Image
 
 from mgpt4_jax.checkpoint import ModelManifest, load_params, read_leaf, read_manifest
 from mgpt4_jax.data.images import ImageSource, eval_transform, load_image
@@ -171,9 +170,9 @@ def as_images(entry: Images) -> tuple[ImageSource, ...]:
     """What a user may give for the pictures of one prompt, as a tuple."""
     if entry is None:
         return ()
-    if isinstance(entry, str | Path | bytes | Image.Image):
-        return (entry,)
-    return tuple(entry)
+    if isinstance(entry, list | tuple):
+        return tuple(entry)
+    return (entry,)  # type: ignore[return-value]  # whatever else it is, `load_image` says what it should be
 
 
 @dataclass

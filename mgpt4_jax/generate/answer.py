@@ -12,7 +12,7 @@ from mgpt4_jax.data.images import ImageSource, eval_transform, load_image
 from mgpt4_jax.data.prompts import Prompt, Template, clean_answer, prepare_prompt, stop_sequences
 from mgpt4_jax.data.text import BertTokenizer, StreamDecoder, Tokenizer
 from mgpt4_jax.errors import UserError
-from mgpt4_jax.generate.engine import Engine, Request
+from mgpt4_jax.generate.engine import Engine, Request, check_num_images
 from mgpt4_jax.generate.sampling import MAX_STOPS, SamplingParams
 from mgpt4_jax.generate.vision import TEXT_LENGTHS, ImageEncoder
 
@@ -163,6 +163,7 @@ class Answerer:
     def _draft(self, question: Question) -> _Draft | UserError:
         template = question.template or self.template
         try:
+            check_num_images(len(question.images))
             prompt = prepare_prompt(
                 self.tokenizer,
                 template,

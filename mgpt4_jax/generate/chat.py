@@ -23,6 +23,7 @@ from mgpt4_jax.data.prompts import (
 from mgpt4_jax.errors import UserError
 from mgpt4_jax.generate.answer import Answerer, Generation, Prepared, Question
 from mgpt4_jax.generate.sampling import SamplingParams, sampling_params
+from mgpt4_jax.typing import Float
 
 DEFAULTS = SamplingParams(temperature=1.0, top_p=0.9, repetition_penalty=1.05, max_new_tokens=300)
 """What MiniGPT-4's chat draws with; ``temperature=0`` asks for the most likely words."""
@@ -53,6 +54,10 @@ class Chat:
     def add_image(self, image: ImageSource) -> None:
         """Show a picture: a path, bytes, a data URI or a Pillow image."""
         [pixels] = self._answerer.read_pixels([image])
+        self.add_pixels(pixels)
+
+    def add_pixels(self, pixels: Float[np.ndarray, "H W 3"]) -> None:
+        """Show a picture that is resized and normalised already."""
         self.messages = add_image(self.messages, self.template)
         self._pixels.append(pixels)
 

@@ -155,13 +155,12 @@ class Engine:
         length, new = len(request.ids), request.sampling.max_new_tokens
         if length == 0:
             raise UserError("the prompt is empty")
+        check_num_images(self._num_images(request))
         if length + new > self.max_length:
             raise UserError(
-                f"the prompt has {length} tokens and max_new_tokens is {new}; "
-                f"together they exceed the context of {self.max_length}"
+                f"the prompt has {length} tokens and max_new_tokens is {new}: together they exceed the context of "
+                f"{self.max_length}; shorten the prompt, or ask for at most {max(self.max_length - length, 0)}"
             )
-        if self._num_images(request) > MAX_IMAGES:
-            raise UserError(f"{self._num_images(request)} pictures in one prompt; at most {MAX_IMAGES} are supported")
         vocab = self.config.llama.vocab_size
         if max(itertools.chain(*request.sampling.stop_ids), default=0) >= vocab:
             raise UserError(f"stop_ids: the vocabulary has {vocab} tokens")
@@ -406,6 +405,11 @@ def _advance(rows: Rows, logits: Float[Array, "b v"]) -> tuple[Rows, Int[Array, 
 
 
 # -- sizes ------------------------------------------------------------------------------------------
+
+
+def check_num_images(count: int) -> None:
+    if count > MAX_IMAGES:
+        raise UserError(f"{count} pictures in one prompt; at most {MAX_IMAGES} are supported")
 
 
 def length_buckets(max_length: int) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import jax
@@ -47,11 +48,9 @@ class MemoryPlan:
 
 
 def plan_memory(config: ModelConfig, mesh: Mesh, dtype: DType, slots: int, max_length: int) -> MemoryPlan:
-    leaves = flatten(abstract_params(config))
+    language, rest = _sizes(config)
     width = jnp.dtype(dtype).itemsize
     cuts = mesh.shape["fsdp"] * mesh.shape["tensor"]
-    language = sum(leaf.size for path, leaf in leaves.items() if path.startswith("llama/"))
-    rest = sum(leaf.size for path, leaf in leaves.items() if not path.startswith("llama/"))
     llama, cache = config.llama, 0
     if llama is not None:
         cache = 2 * llama.num_layers * llama.num_kv_heads * llama.head_dim * slots * max_length
@@ -65,6 +64,14 @@ def plan_memory(config: ModelConfig, mesh: Mesh, dtype: DType, slots: int, max_l
         max_length=max_length,
         free=free_memory(mesh.devices.flat[0], devices),
     )
+
+
+@lru_cache
+def _sizes(config: ModelConfig) -> tuple[int, int]:
+    """Parameters of the language model, and of the rest."""
+    leaves = flatten(abstract_params(config))
+    language = sum(leaf.size for path, leaf in leaves.items() if path.startswith("llama/"))
+    return language, sum(leaf.size for leaf in leaves.values()) - language
 
 
 def free_memory(device: jax.Device, sharing: int = 1) -> int | None:
