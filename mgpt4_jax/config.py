@@ -136,10 +136,9 @@ def qformer_base(*, with_text: bool = False, with_lm_head: bool = False) -> Qfor
 
 
 def _llama(width: int, mlp: int, layers: int, heads: int, **fields: Any) -> LlamaConfig:
-    fields.setdefault("num_kv_heads", heads)
-    return LlamaConfig(
-        hidden_size=width, mlp_size=mlp, num_layers=layers, num_heads=heads, head_dim=width // heads, **fields
-    )
+    """A published shape, of which ``fields`` may change anything."""
+    shape = {"hidden_size": width, "mlp_size": mlp, "num_layers": layers, "num_heads": heads}
+    return LlamaConfig(**shape | {"num_kv_heads": heads, "head_dim": width // heads} | fields)
 
 
 def llama_7b(**fields: Any) -> LlamaConfig:
