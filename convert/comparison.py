@@ -155,7 +155,7 @@ def compare_step(
     import torch
 
     chained, local = np.split(np.asarray(ours(pair)), 2)
-    out = theirs(torch.from_numpy(np.split(pair, 2)[1])).numpy()
+    out = theirs(torch.from_numpy(np.array(np.split(pair, 2)[1]))).numpy()
     table.add(component, *((local, out) if keep is None else (local[keep], out[keep])), weights=weights)
     return np.concatenate([chained, out])
 

@@ -71,10 +71,10 @@ def _vit(config: ModelConfig, params: Any, inputs: Arrays, recorded: Arrays) -> 
 
 
 def _qformer(config: ModelConfig, params: Any, inputs: Arrays, recorded: Arrays) -> list[tuple[Any, ...]]:
-    if config.qformer is None or "image_embeds" not in inputs:
+    image = inputs.get("image_embeds")
+    if config.qformer is None or image is None or image.shape[-1] != config.qformer.encoder_size:
         return []
     run = jax.jit(partial(Qformer(config.qformer).apply, {"params": params["qformer"]}))
-    image = inputs["image_embeds"]
     found: list[tuple[Any, ...]] = [("image_only_last", run(image).queries)]
     if "image_atts_masked" in inputs:
         mask = inputs["image_atts_masked"].astype(bool)[:, None]
@@ -101,7 +101,8 @@ def _language(config: ModelConfig, params: Any, inputs: Arrays, recorded: Arrays
     found = []
     for name in recorded:
         case = name.removesuffix(_SUFFIX)
-        if name.endswith(_SUFFIX) and f"{case}_logits" in recorded:
+        fits = recorded[name].shape[-1:] == (config.llama.hidden_size,)
+        if name.endswith(_SUFFIX) and f"{case}_logits" in recorded and fits:
             valid = recorded[f"{case}_attention_mask"].astype(bool)
             found.append((f"{case}_logits", run(recorded[name], valid), valid))
     return found

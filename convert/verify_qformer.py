@@ -90,7 +90,7 @@ def _run_layer(layer: Any, use: _Use, x: Any, image: np.ndarray) -> Any:
     mask = None
     if use.mask is not None:
         mask = torch.where(torch.from_numpy(np.array(use.mask)), 0.0, torch.finfo(torch.float32).min)[:, None]
-    return layer(x, mask, torch.from_numpy(image), query_length=use.num_queries)
+    return layer(x, mask, torch.from_numpy(np.array(image)), query_length=use.num_queries)
 
 
 def _compare_layers(

@@ -216,13 +216,15 @@ def test_another_file_is_refused(minigpt4, tmp_path):
         verify(out, qformer=files["vit"])
 
 
-def test_nothing_to_compare_with_is_refused(minigpt4):
+def test_nothing_to_compare_with_is_refused(minigpt4, language):
     with pytest.raises(UserError, match="nothing to verify against"):
         verify(minigpt4[0])
     with pytest.raises(UserError, match="not a model directory"):
         verify(minigpt4[0].parent, golden=GOLDEN / "minigpt4_vicuna")
+    with pytest.raises(UserError, match=r"inputs\.npz: no such file"):
+        verify(language.model_dir, golden=GOLDEN / "no_such_case")
     with pytest.raises(UserError, match="records nothing that"):
-        verify(minigpt4[0], golden=GOLDEN / "lr_schedule_as_another_case")
+        verify(language.model_dir, golden=GOLDEN / "eva_a")
 
 
 def test_without_pytorch_the_extra_is_named(minigpt4, monkeypatch):
