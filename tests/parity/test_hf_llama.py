@@ -12,6 +12,7 @@ import torch
 from tiny_hf import LLAMA
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from mgpt4_jax.models.layers import rotary_frequencies
 from mgpt4_jax.models.llama import Llama
 
 LENGTH, NEW = 134, 8
@@ -79,6 +80,12 @@ def test_forward_and_backward(pair, rng, gradients, assert_gradients, padding):
     np.testing.assert_allclose(gradient[valid], inputs.grad.numpy()[valid], rtol=1e-4, atol=1e-4)
     tied = () if pair.config.llama.tie_embeddings else ("llama/embed_tokens/embedding",)  # not reached by embeds
     assert_gradients({"llama": params_gradient}, gradients(pair.torch), without=tied)
+
+
+def test_rotary_frequencies_are_equal_to_the_bit(pair):
+    config = pair.config.llama
+    ours = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    np.testing.assert_array_equal(ours, pair.torch.model.rotary_emb.inv_freq.numpy())
 
 
 def test_greedy_ids(pair, rng):
