@@ -21,7 +21,7 @@ help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
 
 test: $(READY)  ## run every test on the CPU; ARGS="tests/golden -k vicuna" runs some
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 demo: $(READY)  ## convert tiny checkpoints, prove them against PyTorch, answer about pictures
 	$(BIN)/python -m mgpt4_jax.demo $(ARGS)

@@ -188,23 +188,14 @@ def all_cases() -> tuple[Case, ...]:
     return cases
 
 
-def cases_of(kind: str) -> list[Any]:
-    """``parametrize`` over the cases of one kind, kept together on one worker."""
-    return [_param(case) for case in all_cases() if case.kind == kind]
-
-
 def recorded(kind: str, *patterns: str) -> list[Any]:
     """``parametrize`` over (case, quantity): whatever the cases of ``kind`` have of ``patterns``."""
     found = [(case, name) for case in all_cases() if case.kind == kind for name in case.quantities]
-    return [_param(case, name) for case, name in found if is_claimed(name, patterns)]
+    return [pytest.param(case, name, id=f"{case}-{name}") for case, name in found if is_claimed(name, patterns)]
 
 
 def is_claimed(quantity: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(quantity, pattern) for pattern in patterns)
-
-
-def _param(case: Case, *rest: str) -> Any:
-    return pytest.param(case, *rest, id="-".join([str(case), *rest]), marks=pytest.mark.xdist_group(str(case)))
 
 
 def file_named_by(case: Case, relative: str) -> Path:

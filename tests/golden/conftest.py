@@ -23,17 +23,23 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Conv
 def compare(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> Compare:
     """Comparisons of the test's own case and quantity."""
     arguments = request.node.callspec.params
-    return Compare(arguments["case"], arguments.get("quantity", request.node.originalname), record_property)
+    return Compare(
+        arguments["case"], arguments.get("quantity", request.node.originalname.removeprefix("test_")), record_property
+    )
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Every quantity when these tests ran alone, else the worst one of each case."""
     reports = [report for key in ("passed", "failed") for report in terminalreporter.stats.get(key, [])]
-    rows = [value for report in reports for name, value in report.user_properties if name == "golden"]
+    rows = sorted({tuple(value) for report in reports for name, value in report.user_properties if name == "golden"})
     if not rows:
         return
-    terminalreporter.section("golden: largest errors")
-    shown = [(case, name, f"{error:.1e}", allowed, f"{share:.0%}") for case, name, error, allowed, share in rows]
-    terminalreporter.write_line(_table(COLUMNS, sorted(set(shown))))
+    is_alone = all("test_golden_" in report.nodeid for report in reports)
+    worst = {row[0]: row for row in sorted(rows, key=lambda row: row[-1])}
+    shown = rows if is_alone else sorted(worst.values())
+    terminalreporter.section(f"golden: {len(rows)} quantities of {len(worst)} cases, largest errors")
+    cells = [(case, name, f"{error:.1e}", allowed, f"{share:.0%}") for case, name, error, allowed, share in shown]
+    terminalreporter.write_line(_table(COLUMNS, cells))
     waiting = [row for case in all_cases() for row in _waiting(case)]
     if waiting:
         terminalreporter.section("golden: not served yet")

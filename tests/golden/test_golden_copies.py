@@ -14,7 +14,7 @@ from mgpt4_jax.checkpoint import flatten, load_params
 
 _CONVERTED_ALONE = {"eva": "vit", "qformer": "qformer"}  # kind -> the role of its one weight file
 _COPIES = [
-    pytest.param(case, path, id=f"{case}-{path.name}", marks=pytest.mark.xdist_group(str(case)))
+    pytest.param(case, path, id=f"{case}-{path.name}")
     for case in all_cases()
     if case.kind in _CONVERTED_ALONE
     for path in case.copies

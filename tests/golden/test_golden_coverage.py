@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from cases import Case, all_cases, cases_of, is_claimed
+from cases import Case, all_cases, is_claimed
 from claims import GIVEN, is_checked, is_given
 from unserved import UNSERVED, unserved
 
-_CASES = [param for kind in sorted({case.kind for case in all_cases()}) for param in cases_of(kind)]
+_CASES = [pytest.param(case, id=str(case)) for case in all_cases()]
 _OURS = Path(__file__).parent / "data"
 
 

@@ -5,20 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from cases import Case, all_cases, cases_of, recorded
+from cases import Case, all_cases, recorded
 from claims import CHECKED, SPECIAL_IDS, is_checked
 from comparing import Compare
 
 from mgpt4_jax.data.text import load_bert_tokenizer, load_llama_tokenizer
 
 _ATTRIBUTES = {"bos": "bos_id", "eos": "eos_id", "pad_token_id": "pad_id", "dec_token_id": "dec_id"}
-_SPECIAL = [param for kind in CHECKED for param in recorded(kind, *SPECIAL_IDS) if is_checked(*param.values)]
-_TEXTS = [
+_READING = [case for case in all_cases() if case.text_tokenizer or case.language_model]
+_SPECIAL = [
     param
-    for kind in sorted({case.kind for case in all_cases()})
-    for param in cases_of(kind)
-    if "texts" in param.values[0].config and param.values[0].text_tokenizer
+    for kind in CHECKED
+    for param in recorded(kind, *SPECIAL_IDS)
+    if is_checked(*param.values) and param.values[0] in _READING
 ]
+_TEXTS = [pytest.param(case, id=str(case)) for case in _READING if case.text_tokenizer and "texts" in case.config]
 
 
 @pytest.mark.parametrize(("case", "quantity"), _SPECIAL)
