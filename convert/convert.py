@@ -64,6 +64,8 @@ def convert(
     if image_size is not None:
         overrides = {**(overrides or {}), "vit": {**(overrides or {}).get("vit", {}), "image_size": image_size}}
     inferred = infer(sources, overrides, allow_llm_mismatch=allow_llm_mismatch)
+    if inside := [file for _, file in source_files(sources) if file.resolve().is_relative_to(Path(out).resolve())]:
+        raise UserError(f"{out}: holds {inside[0]}, one of the files to convert; choose another --out")
     planned = plan(inferred.parts, abstract_params(inferred.config))
     _check_space(Path(out), planned.num_bytes)
     with new_directory(out, overwrite=overwrite) as partial:

@@ -52,12 +52,14 @@ def export(
     if format not in FORMATS:
         raise UserError(f"--format {format!r}: choose one of {', '.join(FORMATS)}")
     manifest = read_manifest(model_dir)
+    if out.resolve().is_relative_to(model_dir.resolve()):
+        raise UserError(f"{out}: lies in the model directory itself; choose another --out")
     if format == "minigpt4":
         return [_export_minigpt4(model_dir, manifest, out, overwrite)]
     if format == "lavis":
         tables = lavis_tables(model_dir, manifest)
         import_torch(out)
-        with new_directory(out, overwrite=overwrite) as partial:
+        with new_directory(out, marks=tuple(tables), overwrite=overwrite) as partial:
             for done, (name, table) in enumerate(tables.items()):
                 tensors = read_back(table, functools.partial(read_leaf, model_dir))
                 save_torch(partial / name, _state(table, tensors), wrapped=name != "eva_vit_g.pth")
@@ -153,7 +155,7 @@ def _export_hugging_face(
 ) -> list[Path]:
     table = hugging_face_table(model_dir, manifest.config)
     tensors = read_back(table, functools.partial(read_leaf, model_dir))
-    with new_directory(out, overwrite=overwrite) as partial:
+    with new_directory(out, marks=("config.json",), overwrite=overwrite) as partial:
         _write_json(partial / "config.json", export_config(manifest.config, dict(manifest.dtypes)))
         _save_shards(partial, tensors, manifest.dtypes, progress)
         _copy_tokenizers(model_dir, partial, manifest.config)

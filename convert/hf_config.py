@@ -21,6 +21,15 @@ def llama_config(values: Values | None, path: Path) -> LlamaConfig:
     require(values, file, "hidden_act", "silu", "silu")
     require(values, file, "attention_bias", False, False)
     require(values, file, "mlp_bias", False, False)
+    try:
+        return _llama_config(values)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"{file}: a value is of the wrong type ({error})") from error
+
+
+def _llama_config(values: Values) -> LlamaConfig:
     width, heads = values.get("hidden_size", 4096), values.get("num_attention_heads", 32)
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
     return LlamaConfig(
@@ -34,31 +43,31 @@ def llama_config(values: Values | None, path: Path) -> LlamaConfig:
         max_positions=values.get("max_position_embeddings", 2048),
         rms_norm_eps=values.get("rms_norm_eps", 1e-6),
         rope_theta=float(rope.get("rope_theta") or values.get("rope_theta") or 10000.0),
-        rope_scaling=_rope_scaling(rope, values, file),
+        rope_scaling=_rope_scaling(rope, values),
         tie_embeddings=values.get("tie_word_embeddings", False),
     )
 
 
-def _rope_scaling(rope: Values, values: Values, file: str) -> RopeScaling | None:
+def _rope_scaling(rope: Values, values: Values) -> RopeScaling | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
     if kind == "linear":
-        return RopeScaling("linear", float(_needed(rope, "factor", file)))
+        return RopeScaling("linear", float(_needed(rope, "factor")))
     if kind == "llama3":
         return RopeScaling(
             "llama3",
-            float(_needed(rope, "factor", file)),
+            float(_needed(rope, "factor")),
             float(rope.get("low_freq_factor", 1.0)),
             float(rope.get("high_freq_factor", 4.0)),
             int(rope.get("original_max_position_embeddings") or values.get("max_position_embeddings", 8192)),
         )
-    raise UserError(f"{file}: rope_scaling of type {kind!r} is not supported; linear and llama3 are")
+    raise UserError(f"rope_scaling of type {kind!r} is not supported; linear and llama3 are")
 
 
-def _needed(values: Values, key: str, file: str) -> Any:
+def _needed(values: Values, key: str) -> Any:
     if values.get(key) is None:
-        raise UserError(f"{file}: rope_scaling lacks {key!r}")
+        raise UserError(f"rope_scaling lacks {key!r}")
     return values[key]
 
 

@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import json
+import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,38 +79,68 @@ def read_manifest(model_dir: Path | str) -> ModelManifest:
         values = json.loads(path.read_text())
         if values["format_version"] != FORMAT_VERSION:
             raise UserError(f"{path}: format version {values['format_version']}, this program reads {FORMAT_VERSION}")
-        return ModelManifest(
+        manifest = ModelManifest(
             config=model_config_from_dict(values["config"]),
             template=values["template"],
             num_parameters=values["num_parameters"],
             dtypes=values["dtypes"],
             sources=tuple(SourceFile(**source) for source in values["sources"]),
         )
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged ({error!r}); convert the model again") from error
+        known = all(name in _DTYPES and ".." not in leaf.split("/") for leaf, name in manifest.dtypes.items())
+        if not known or type(manifest.template) is not str or type(manifest.num_parameters) is not int:
+            raise ValueError("dtypes, template or num_parameters")
+        return manifest
+    except UserError as error:
+        raise error if str(path) in str(error) else UserError(f"{path}: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: damaged ({repr(error)[:120]}); convert the model again") from error
 
 
 @contextlib.contextmanager
-def new_directory(out: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
-    """A directory beside ``out`` that takes its name only when the block succeeds; else nothing is left."""
+def new_directory(out: Path | str, *, overwrite: bool = False, marks: tuple[str, ...] = ("model.json",)) -> Iterator[Path]:
+    """A directory beside ``out`` that takes its name only when the block succeeds; else nothing is left.
+
+    With ``overwrite`` an earlier result is replaced, which is told by one of the files ``marks``.
+    """
     out = Path(out)
     if out.exists() and not overwrite:
         raise UserError(f"{out}: exists already; choose another name or pass --overwrite")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    if out.exists() and not any((out / mark).is_file() for mark in marks):
+        raise UserError(f"{out}: is no earlier result (it has no {marks[0]}), so it is not replaced; choose another name")
+    whole = out.absolute()
+    partial = whole.with_name(f"{whole.name}.partial")
+    with _alone(partial, out):
+        try:
+            yield partial
+            if out.exists():
+                old = Path(tempfile.mkdtemp(prefix=f"{whole.name}.replaced-", dir=whole.parent))
+                out.rename(old)
+                partial.rename(out)
+                shutil.rmtree(old)
+            else:
+                partial.rename(out)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _alone(partial: Path, out: Path) -> Iterator[None]:
+    """``partial``, empty and locked against a second run; what a killed one left is removed."""
     try:
-        yield partial
-        if out.exists():
-            old = out.with_name(out.name + ".old")
-            shutil.rmtree(old, ignore_errors=True)
-            out.rename(old)
-            partial.rename(out)
-            shutil.rmtree(old)
-        else:
-            partial.rename(out)
+        partial.mkdir(parents=True, exist_ok=True)
+        lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror}: {error.filename})") from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{out}: another run is writing it; wait for it or choose another name") from error
+        for left in partial.iterdir():
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+        yield
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        os.close(lock)
 
 
 class LeafWriter:

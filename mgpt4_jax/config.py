@@ -7,12 +7,38 @@ It is stored as JSON in ``model.json`` and read back by ``model_config_from_dict
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from mgpt4_jax.errors import UserError
+
+MAX_SIZE = 2**31 - 1
+MAX_LAYERS = 1000
+
+
+def _check_fields(config: Any) -> None:
+    """Types and ranges, however a configuration is made: files of others say what they like."""
+    part = type(config).__name__.removesuffix("Config").lower()
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value, most = getattr(config, name), MAX_LAYERS if name == "num_layers" else MAX_SIZE
+        if problem := _problem(value, hint, most):
+            raise UserError(f"{part}.{name} must be {problem}, got {repr(value)[:60]}")
+
+
+def _problem(value: Any, hint: Any, most: int) -> str | None:
+    """What ``value`` should be and is not; nested configurations check themselves."""
+    if hint is int and not (type(value) is int and 1 <= value <= most):
+        return f"a whole number from 1 to {most}"
+    if hint is float and not (type(value) in (int, float) and math.isfinite(value) and value >= 0):
+        return "a number from 0"
+    if hint is bool and type(value) is not bool:
+        return "true or false"
+    if typing.get_origin(hint) is Literal and value not in typing.get_args(hint):
+        return f"one of {', '.join(typing.get_args(hint))}"
+    return None
 
 
 @dataclass(frozen=True)
@@ -28,6 +54,8 @@ class VitConfig:
     layer_norm_eps: float = 1e-6
     output_norm_eps: float = 1e-5  # `ln_vision`, applied after the tower; 1e-6 in Hugging Face files
     remat: bool = False
+
+    __post_init__ = _check_fields
 
     @property
     def grid_size(self) -> int:
@@ -62,6 +90,8 @@ class QformerConfig:
     dropout: float = 0.1
     remat: bool = False
 
+    __post_init__ = _check_fields
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -72,6 +102,8 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_positions: int = 8192
+
+    __post_init__ = _check_fields
 
 
 @dataclass(frozen=True)
@@ -91,6 +123,8 @@ class LlamaConfig:
     rope_scaling: RopeScaling | None = None
     tie_embeddings: bool = False
     remat: bool = False
+
+    __post_init__ = _check_fields
 
 
 Architecture = Literal["minigpt4", "instructblip", "blip2", "encoder", "llama"]
@@ -114,6 +148,8 @@ class ModelConfig:
     llama: LlamaConfig | None = None
     patches_per_token: int = 4
     projection_size: int = 256  # width of the contrastive space of `blip2`
+
+    __post_init__ = _check_fields
 
     @property
     def tokens_per_image(self) -> int:

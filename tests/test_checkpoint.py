@@ -111,12 +111,12 @@ def test_other_directories_and_versions_are_refused(model_dir, tmp_path):
 def test_a_failed_write_leaves_the_earlier_result(tmp_path):
     out = tmp_path / "model"
     with checkpoint.new_directory(out) as partial:
-        (partial / "first").write_text("1")
+        (partial / "model.json").write_text("1")
     with pytest.raises(UserError, match="exists already"), checkpoint.new_directory(out):
         pass
     with pytest.raises(RuntimeError), checkpoint.new_directory(out, overwrite=True):
         raise RuntimeError
-    assert (out / "first").read_text() == "1" and list(tmp_path.iterdir()) == [out]
+    assert (out / "model.json").read_text() == "1" and list(tmp_path.iterdir()) == [out]
     with checkpoint.new_directory(out, overwrite=True) as partial:
         (partial / "second").write_text("2")
     assert [path.name for path in out.iterdir()] == ["second"] and list(tmp_path.iterdir()) == [out]
