@@ -102,6 +102,11 @@ class Comparison:
         passed = bool(max_rel <= self.tolerance and weights is not False)  # NaN compares false
         self.rows.append(Row(component, float(error.max()), max_rel, float(error.mean()), cosine, weights, passed))
 
+    def add_pair(self, component: str, pair: np.ndarray) -> None:
+        """Compare the end of both sides' own walks: the first half is ours."""
+        ours, theirs = np.split(pair, 2)
+        self.add(component, ours, theirs)
+
     def layer_done(self) -> None:
         self._layers_done += 1
         if self.progress is not None:

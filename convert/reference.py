@@ -178,7 +178,7 @@ class Reference:
         if self.is_instructblip:
             return _eager(InstructBlipQFormerConfig(**values))
         words = "embeddings.word_embeddings.weight"
-        text = {"use_qformer_text_input": self.has(f"{QFORMER}.encoder.layer.0.intermediate.dense")}
+        text: dict[str, Any] = {"use_qformer_text_input": self.has(f"{QFORMER}.encoder.layer.0.intermediate.dense")}
         if words in self._owner:
             rows, places = (self.shape(f"embeddings.{kind}_embeddings.weight")[0] for kind in ("word", "position"))
             text |= {"vocab_size": rows, "max_position_embeddings": places}

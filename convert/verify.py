@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -93,7 +94,7 @@ def _check_hashes(model_dir: Path, manifest: ModelManifest, sources: Mapping[str
 def _compare_parts(table: Comparison, reference: Reference, *, complete: bool) -> None:
     """Each part whose file was given, in the order of the model; the picture flows from part to part."""
     config = table.manifest.config
-    wanted = {
+    wanted: dict[str, tuple[Any, str]] = {
         "vit": (config.vit, f"{VISION}.encoder"),
         "qformer": (config.qformer, QFORMER),
         "llama": (config.llama, LANGUAGE),
@@ -150,30 +151,30 @@ def _compare_vit(table: Comparison, reference: Reference, *, has_norm: bool) -> 
         weights = same_values(params, module)
         pair = compare_step(table, f"vit/blocks/{index}", pair, partial(block, params), module, weights)
         table.layer_done()
-    table.add("vit, all blocks", *np.split(pair, 2))
+    table.add_pair("vit, all blocks", pair)
     if not has_norm:
         table.skipped.append("ln_vision: its file was not given")
         return pair
     norm, params = reference.vision_norm(), table.params("ln_vision")
     module = layer_norm(config.output_norm_eps, name="ln_vision", dtype=jnp.float32)
-    ours = partial(module.apply, {"params": params})
-    return compare_step(table, "ln_vision", pair, ours, norm, same_values(params, norm))
+    apply = partial(module.apply, {"params": params})
+    return compare_step(table, "ln_vision", pair, apply, norm, same_values(params, norm))
 
 
 def _compare_projection(table: Comparison, reference: Reference, pair: np.ndarray) -> None:
     module, params = reference.linear("language_projection"), table.params("projection")
     pair = compare_step(table, "projection", pair, partial(linear, params), module, same_values(params, module))
-    table.add("projection, from the picture on", *np.split(pair, 2))
+    table.add_pair("projection, from the picture on", pair)
 
 
 def _compare_llama(table: Comparison, reference: Reference) -> None:
-    """Random text, one row padded on the left, the other on the right; padding is not compared."""
+    """Random text with padding on both sides, which is not compared."""
     import torch
 
     config = table.manifest.config.llama
-    ids = np.random.default_rng(0).integers(0, config.vocab_size, (_ROWS, _TOKENS))
-    place = np.arange(_TOKENS)
-    valid = np.stack([place >= 7, place < _TOKENS - 5])
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, (1, _TOKENS))
+    place = np.arange(_TOKENS)[None]
+    valid = (place >= 7) & (place < _TOKENS - 5)
     positions = llama.text_positions(jnp.asarray(valid))
     mask = masks.causal_mask(_TOKENS) & masks.padding_mask(jnp.asarray(valid))
     additive = torch.where(torch.from_numpy(np.array(mask)), 0.0, torch.finfo(torch.float32).min)[:, None]
@@ -206,4 +207,4 @@ def _compare_llama(table: Comparison, reference: Reference) -> None:
     ours = partial(llama.head, config, {name: params})
     kept = np.concatenate([half[valid] for half in np.split(pair, 2)])
     logits = compare_step(table, "llama/logits", kept, ours, head, same_values(params, head))
-    table.add("llama/logits, from the text on", *np.split(logits, 2))
+    table.add_pair("llama/logits, from the text on", logits)

@@ -191,6 +191,6 @@ def _compare_heads(table: Comparison, reference: Reference, ends: dict[str, np.n
         lambda x: module(x).mean(dim=1),
         same_values(params, module),
     )
-    table.add("matching logits (ITM), from the picture on", *np.split(pair, 2))
+    table.add_pair("matching logits (ITM), from the picture on", pair)
     if reference.has("temp"):
         table.add("temp", table.leaf("temp"), reference.tensor("temp"))

@@ -152,8 +152,8 @@ def scan_layers(
     *shared: Any,
     length: int,
     remat: bool,
-    caches: Cache | None = None,
-) -> tuple[Float[Array, "b t d"], Cache | None]:
+    caches: Any = None,
+) -> tuple[Float[Array, "b t d"], Any]:
     """Apply ``layer`` ``length`` times: one compiled body, parameters stacked along a leading ``l``.
 
     The layer takes ``(x, *shared, cache)`` and returns ``(x, cache)``; ``caches`` has a leading ``l`` too,
