@@ -247,12 +247,12 @@ def _add_generate(parser: ArgumentParser) -> None:
 
 def _generate(arguments: Namespace) -> int:
     from mgpt4_jax.data.prompts import get_template
-    from mgpt4_jax.generate.batch import check_ids, run_file
+    from mgpt4_jax.generate.batch import check_files, run_file
     from mgpt4_jax.generate.sampling import SamplingParams
 
     defaults = _sampling(arguments, SamplingParams())
     template = get_template(arguments.template) if arguments.template else None
-    check_ids(arguments.input)  # before the minutes that loading may take
+    check_files(arguments.input, arguments.output)  # before the minutes that loading may take
     model = _load(arguments, arguments.slots)
     start = time.monotonic()
     with progress("answering") as report:

@@ -24,6 +24,7 @@ from mgpt4_jax.generate.answer import Answerer, Generation, Prepared, Question
 from mgpt4_jax.generate.sampling import BEAM_NAMES, PARAMETER_NAMES, SamplingParams, sampling_params
 
 FIELDS = ("id", "image", "prompt")
+_RECORD_START = b'{"id": '  # of every line that we write: a torn one that begins otherwise is not ours
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,7 @@ def run_file(
     Raises:
       UserError: a file cannot be read or written, an id stands twice, another run writes ``target``.
     """
-    if source.resolve() == target.resolve():
-        raise UserError(f"{target}: the output would overwrite the input; choose another file")
-    numbers = check_ids(source)
+    numbers = check_files(source, target)
     with _open_output(target) as output:
         done, failed_before = _repair(output, target)
         total = len(numbers)
@@ -91,6 +90,19 @@ def run_file(
                 report(summary.skipped + summary.answered + summary.failed - failed_before, total)
         os.fsync(output.fileno())
     return summary
+
+
+def check_files(source: Path, target: Path) -> dict[str, int]:
+    """``check_ids`` of the input, and whether the output has a place: what can be told before a model is loaded."""
+    if source.is_fifo():
+        raise UserError(f"{source}: is a pipe, and the questions are read twice; write them to a file first")
+    if target.exists() and not target.is_file():
+        raise UserError(f"{target}: is not a regular file; a second run could not go on where the first one ended")
+    if source.exists() and target.exists() and source.samefile(target):
+        raise UserError(f"{target}: the output would overwrite the input; choose another file")
+    if not target.absolute().parent.is_dir():
+        raise UserError(f"{target}: cannot be written (there is no directory {target.parent})")
+    return check_ids(source)
 
 
 # --- the input ---------------------------------------------------------------------------------------------
@@ -135,13 +147,18 @@ def _raw_lines(source: Path) -> Iterator[tuple[int, bytes]]:
 
 def _parse(raw: bytes) -> dict[str, Any]:
     try:
-        values = json.loads(raw.decode("utf-8"))
+        values = json.loads(raw.decode("utf-8-sig"))  # Windows editors begin a file with a mark
     except UnicodeDecodeError as error:
         raise UserError("the line is not valid UTF-8") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"the line is not valid JSON ({str(error)[:80]})") from error
     if not isinstance(values, dict):
-        raise UserError(f'the line must be an object such as {{"id": 1, "prompt": "..."}}, got {str(values)[:40]!r}')
+        kind = type(values).__name__
+        raise UserError(f'the line must be an object such as {{"id": 1, "prompt": "..."}}, not a {kind}')
+    try:
+        json.dumps(values.get("id"), allow_nan=False)
+    except (ValueError, RecursionError) as error:
+        raise UserError('"id" is not finite, or nested too deeply; the answer could not repeat it') from error
     return values
 
 
@@ -161,8 +178,13 @@ def _question(
         raise UserError('"image" must be a path, a data URI, or a list of them')
     if not isinstance(values["prompt"], str):
         raise UserError(f'"prompt" must be text, got {type(values["prompt"]).__name__}')
-    sources = tuple(image if image[:5].lower() == "data:" else str(folder / image) for image in images)
+    sources = tuple(image if _is_address(image) else str(folder / image) for image in images)
     return Question(values["prompt"], sources, sampling_params(sampling, defaults), template)
+
+
+def _is_address(image: str) -> bool:
+    """A data URI, or ``http://`` and the like, which `load_image` refuses by name."""
+    return image[:5].lower() == "data:" or "://" in image
 
 
 # --- answering ---------------------------------------------------------------------------------------------
@@ -258,9 +280,9 @@ def _repair(output: BinaryIO, target: Path) -> tuple[set[str], int]:
     for number, raw in enumerate(output, 1):
         try:
             record = json.loads(raw) if raw.endswith(b"\n") else None
-        except ValueError:
+        except (ValueError, RecursionError):
             record = {}
-        if record is None:
+        if record is None and (number > 1 or raw.startswith(_RECORD_START) or _RECORD_START.startswith(raw)):
             break
         if not isinstance(record, dict) or "finish_reason" not in record:
             raise UserError(f"{target}:{number}: is not an answer of this program; choose another output file")
