@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from mgpt4_jax.config import LlamaConfig, ModelConfig
 from mgpt4_jax.errors import UserError
-from mgpt4_jax.generate.decoder import Read, embed_ids, next_logits, pack_decoder, read_tree, run_decoder
+from mgpt4_jax.generate.decoder import Cache, Read, decode_step, next_logits, numbers, pack_decoder, prefill, read_tree
 from mgpt4_jax.generate.sampling import (
     MAX_STOPS,
     STOP_WIDTH,
@@ -34,8 +34,7 @@ from mgpt4_jax.generate.sampling import (
     pack_stops,
     stack_sampling,
 )
-from mgpt4_jax.models.layers import Cache, embed_with_images
-from mgpt4_jax.models.llama import empty_cache
+from mgpt4_jax.models.layers import embed_with_images
 from mgpt4_jax.sharding import BATCH, make_mesh
 from mgpt4_jax.typing import Array, Bool, DType, Float, Int, Params
 
@@ -274,12 +273,12 @@ class Engine:
 
 def _place(mesh: Mesh, state: State) -> State:
     """Pin the shardings: rows everywhere, caches cut by heads and, where it divides, by rows."""
-    b, _, k, _ = state.caches[0][0].shape
+    b, k, _, _ = state.caches[0][0].shape
     batch = BATCH[0] if b % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else None
     heads = "tensor" if k % mesh.shape["tensor"] == 0 else None
     pin = jax.lax.with_sharding_constraint
     rows = jax.tree.map(lambda x: pin(x, NamedSharding(mesh, P())), state.rows)
-    caches = jax.tree.map(lambda x: pin(x, NamedSharding(mesh, P(batch, None, heads, None))), state.caches)
+    caches = jax.tree.map(lambda x: pin(x, NamedSharding(mesh, P(batch, heads, None, None))), state.caches)
     return State(rows, caches)
 
 
@@ -296,12 +295,16 @@ def _empty(config: LlamaConfig, dtype: DType, place: Any, slots: int, room: int)
         stops=jnp.full((slots, *STOP_SHAPE), -1),
         sampling=jax.tree.map(jnp.asarray, stack_sampling([SamplingParams()] * slots)),
     )
-    return place(State(rows, empty_cache(config, slots, room, dtype)))
+    keys = jnp.zeros((slots, config.num_kv_heads, config.head_dim, room), dtype)
+    caches = [(keys, jnp.swapaxes(keys, 2, 3)) for _ in range(config.num_layers)]
+    return place(State(rows, caches))
 
 
 def _grow(place: Any, state: State, room: int) -> State:
-    pad = lambda x: jnp.pad(x, ((0, 0), (0, room - x.shape[1]), (0, 0), (0, 0)))  # noqa: E731
-    return place(State(state.rows, jax.tree.map(pad, state.caches)))
+    more = room - state.caches[0][0].shape[-1]
+    pad = lambda x, *widths: jnp.pad(x, ((0, 0), (0, 0), *widths))  # noqa: E731
+    caches = [(pad(keys, (0, 0), (0, more)), pad(values, (0, more), (0, 0))) for keys, values in state.caches]
+    return place(State(state.rows, caches))
 
 
 def _prefill(
@@ -313,11 +316,10 @@ def _prefill(
     lengths: Int[Array, " b"],
 ) -> tuple[list[Cache], Float[Array, "b v"]]:
     """Keys and values of right-padded prompts, and the logits after their last tokens."""
-    embeds = embed_ids(params, ids)
+    embeds = numbers(params["embedding"][ids])
     if images is not None:
         embeds = embed_with_images(embeds, slots, images)
-    positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-    x, caches = run_decoder(config, params, embeds, positions)
+    x, caches = prefill(config, params, embeds)
     return caches, next_logits(params, x[jnp.arange(ids.shape[0]), lengths - 1])
 
 
@@ -337,7 +339,7 @@ def _insert(
     The repetition penalty starts from the dummy first token alone, as Hugging Face's does when it
     generates from embeddings.
     """
-    count, t = logits.shape[0], caches[0][0].shape[1]
+    count, t = logits.shape[0], caches[0][0].shape[-1]
     zeros = jnp.zeros(count, jnp.int32)
     fresh = Rows(
         token=zeros,
@@ -352,7 +354,10 @@ def _insert(
     )
     fresh, tokens = _advance(fresh, logits)
     rows = jax.tree.map(lambda old, new: old.at[targets].set(new), state.rows, fresh)
-    merged = jax.tree.map(lambda old, new: old.at[targets, :t].set(new), state.caches, caches)
+    merged = [
+        (old[0].at[targets, :, :, :t].set(new[0]), old[1].at[targets, :, :t].set(new[1]))
+        for old, new in zip(state.caches, caches, strict=True)
+    ]
     slots = state.rows.token.shape[0]
     emitted = jnp.full((slots, 1), -1).at[targets, 0].set(tokens)
     return place(State(rows, merged)), (emitted, rows.done, rows.stopped)
@@ -362,7 +367,7 @@ def _decode(
     config: LlamaConfig, place: Any, params: Params, state: State, limit: Int[Array, ""], cancelled: Bool[Array, " b"]
 ) -> tuple[State, Any]:
     """Up to ``limit`` steps of all rows that are not done; tokens come as [b chunk], -1 where there is none."""
-    room = state.caches[0][0].shape[1]
+    room = state.caches[0][0].shape[-1]
     rows = state.rows._replace(done=state.rows.done | cancelled)
 
     def going(carry: tuple[Array, State, Array]) -> Array:
@@ -371,9 +376,9 @@ def _decode(
 
     def body(carry: tuple[Array, State, Array]) -> tuple[Array, State, Array]:
         step, (rows, caches), emitted = carry
-        positions = jnp.where(rows.done, room, rows.position)[:, None]  # a row that is done writes nothing
-        x, caches = run_decoder(config, params, embed_ids(params, rows.token[:, None]), positions, caches)
-        rows, tokens = _advance(rows, next_logits(params, x[:, 0]))
+        positions = jnp.where(rows.done, room, rows.position)  # a row that is done writes nothing
+        x, caches = decode_step(config, params, numbers(params["embedding"][rows.token]), positions, caches)
+        rows, tokens = _advance(rows, next_logits(params, x))
         return step + 1, place(State(rows, caches)), emitted.at[:, step].set(tokens)
 
     emitted = jnp.full((rows.done.shape[0], CHUNK), -1)
