@@ -22,9 +22,9 @@ import numpy as np
 from mgpt4_jax.checkpoint import ModelManifest, read_manifest
 from mgpt4_jax.config import ModelConfig
 from mgpt4_jax.errors import UserError
-from mgpt4_jax.models import llama, masks
+from mgpt4_jax.models import masks
 from mgpt4_jax.models.layers import layer_norm, rms_norm, rotary_angles
-from mgpt4_jax.models.llama import LlamaLayer
+from mgpt4_jax.models.llama import Llama, LlamaLayer, text_positions
 from mgpt4_jax.models.minigpt4 import join_patches
 from mgpt4_jax.models.vit import Vit, VitBlock
 
@@ -175,7 +175,7 @@ def _compare_llama(table: Comparison, reference: Reference) -> None:
     ids = np.random.default_rng(0).integers(0, config.vocab_size, (1, _TOKENS))
     place = np.arange(_TOKENS)[None]
     valid = (place >= 7) & (place < _TOKENS - 5)
-    positions = llama.text_positions(jnp.asarray(valid))
+    positions = text_positions(jnp.asarray(valid))
     mask = masks.causal_mask(_TOKENS) & masks.padding_mask(jnp.asarray(valid))
     additive = torch.where(torch.from_numpy(np.array(mask)), 0.0, torch.finfo(torch.float32).min)[:, None]
     rotary = reference.llama_rotary(torch.from_numpy(np.array(positions)))
@@ -183,13 +183,13 @@ def _compare_llama(table: Comparison, reference: Reference) -> None:
     table.add("llama/rotary (cosines)", jnp.cos(angles)[valid], rotary[0][..., : config.head_dim // 2][valid])
 
     embeddings, params = reference.llama_embeddings(), table.params("llama/embed_tokens")
-    ours = llama.lookup({"embed_tokens": params}, ids, jnp.float32)
+    ours = Llama(config).apply({"params": {"embed_tokens": params}}, ids, method=Llama.embed)
     theirs = embeddings(torch.from_numpy(ids)).numpy()
     table.add("llama/embed_tokens", ours, theirs, same_values(params, embeddings))
     pair = np.concatenate([ours, theirs])
     del embeddings, params
 
-    shared = [twice(np.asarray(x)) for x in (angles, mask, positions)]
+    shared = [twice(np.asarray(x)) for x in (angles, mask)]
     layer = jax.jit(lambda params, x: LlamaLayer(config).apply({"params": params}, x, *shared)[0])
     for index in range(config.num_layers):
         module, params = reference.llama_layer(index), table.params("llama/layers", index)
@@ -204,7 +204,7 @@ def _compare_llama(table: Comparison, reference: Reference) -> None:
 
     name = "embed_tokens" if config.tie_embeddings else "lm_head"
     head, params = reference.llama_head(), table.params(f"llama/{name}")
-    ours = partial(llama.head, config, {name: params})
+    ours = partial(Llama(config).apply, {"params": {name: params}}, method=Llama.logits)
     kept = np.concatenate([half[valid] for half in np.split(pair, 2)])
     logits = compare_step(table, "llama/logits", kept, ours, head, same_values(params, head))
     table.add_pair("llama/logits, from the text on", logits)

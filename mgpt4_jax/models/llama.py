@@ -1,21 +1,16 @@
 """LLaMA decoder (Hugging Face ``modeling_llama.py``): RMSNorm, rotary attention, gated feed-forward.
 
-``Llama`` scans its stacked layers: training and whole-sequence scoring. Generation unstacks them once
-(``unstack_layers``) and runs ``LlamaLayer`` in a Python loop with a cache a layer, which is twice as
-fast a token as a scan that carries the cache.
+Whole sequences through stacked, scanned layers: training and scoring. Token by token the same formulas
+run in ``generate/decoder.py``, on weights that are packed for reading speed.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from mgpt4_jax.config import LlamaConfig
 from mgpt4_jax.models.layers import (
-    Cache,
     attend,
     dense,
     embedding,
@@ -24,8 +19,8 @@ from mgpt4_jax.models.layers import (
     rotate,
     scan_layers,
 )
-from mgpt4_jax.models.masks import causal_mask, decode_mask, padding_mask
-from mgpt4_jax.typing import Array, Bool, DType, Float, Int, Params
+from mgpt4_jax.models.masks import causal_mask, padding_mask
+from mgpt4_jax.typing import Array, Bool, DType, Float, Int
 
 
 class LlamaAttention(nn.Module):
@@ -37,11 +32,8 @@ class LlamaAttention(nn.Module):
         self,
         x: Float[Array, "b t d"],
         angles: Float[Array, "b t h/2"],
-        mask: Bool[Array, "b t s"],
-        positions: Int[Array, "b t"],
-        cache: Cache | None,
-    ) -> tuple[Float[Array, "b t d"], Cache]:
-        """With a cache, new keys are written at each row's ``positions`` (dropped beyond its end)."""
+        mask: Bool[Array, "b t t"],
+    ) -> Float[Array, "b t d"]:
         n, k, h = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
 
         def project(name: str, heads: int, axis: str) -> Array:
@@ -50,14 +42,9 @@ class LlamaAttention(nn.Module):
         query = rotate(project("query", n, "heads"), angles)
         key = rotate(project("key", k, "kv_heads"), angles)
         value = project("value", k, "kv_heads")
-        if cache is not None:
-            rows = jnp.arange(x.shape[0])[:, None]
-            key = cache[0].at[rows, positions].set(key.astype(cache[0].dtype), mode="drop")
-            value = cache[1].at[rows, positions].set(value.astype(cache[1].dtype), mode="drop")
         mixed = attend(query, key, value, mask)
         out_axes = ("heads", "head_dim", "embed")
-        out = dense(x.shape[-1], out_axes, name="out", dtype=self.dtype, inputs=2, use_bias=False)(mixed)
-        return out, (key, value)
+        return dense(x.shape[-1], out_axes, name="out", dtype=self.dtype, inputs=2, use_bias=False)(mixed)
 
 
 class LlamaMlp(nn.Module):
@@ -75,7 +62,7 @@ class LlamaMlp(nn.Module):
 
 
 class LlamaLayer(nn.Module):
-    """One decoder layer; returns its keys and values (with a cache: the updated cache)."""
+    """One decoder layer. It keeps no cache, which ``scan_layers`` is told by the second None."""
 
     config: LlamaConfig
     dtype: DType = jnp.float32
@@ -85,18 +72,16 @@ class LlamaLayer(nn.Module):
         self,
         x: Float[Array, "b t d"],
         angles: Float[Array, "b t h/2"],
-        mask: Bool[Array, "b t s"],
-        positions: Int[Array, "b t"],
-        cache: Cache | None = None,
-    ) -> tuple[Float[Array, "b t d"], Cache]:
+        mask: Bool[Array, "b t t"],
+        cache: None = None,
+    ) -> tuple[Float[Array, "b t d"], None]:
         eps = self.config.rms_norm_eps
         normed = rms_norm(eps, name="input_norm", dtype=self.dtype)(x)
-        mixed, cache = LlamaAttention(self.config, self.dtype, name="attn")(normed, angles, mask, positions, cache)
-        x = x + mixed
+        x = x + LlamaAttention(self.config, self.dtype, name="attn")(normed, angles, mask)
         normed = rms_norm(eps, name="post_norm", dtype=self.dtype)(x)
         x = x + LlamaMlp(self.config, self.dtype, name="mlp")(normed)
         self.sow("intermediates", "hidden", x)
-        return x, cache
+        return x, None
 
 
 class Llama(nn.Module):
@@ -137,15 +122,8 @@ class Llama(nn.Module):
             positions = jnp.broadcast_to(jnp.arange(t), (b, t)) if valid is None else text_positions(valid)
         config = self.config
         angles = rotary_angles(positions, config.head_dim, config.rope_theta, config.rope_scaling)
-        x, _ = scan_layers(
-            self.layers,
-            embeds.astype(self.dtype),
-            angles,
-            mask,
-            positions,
-            length=config.num_layers,
-            remat=config.remat,
-        )
+        x = embeds.astype(self.dtype)
+        x, _ = scan_layers(self.layers, x, angles, mask, length=config.num_layers, remat=config.remat)
         return self.logits(self.norm(x))
 
     def logits(self, x: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
@@ -156,62 +134,3 @@ class Llama(nn.Module):
 def text_positions(valid: Bool[Array, "b t"]) -> Int[Array, "b t"]:
     """0, 1, 2, ... over the valid tokens of a row; padding gets 0 on the left, the last one on the right."""
     return jnp.maximum(jnp.cumsum(valid.astype(jnp.int32), axis=1) - 1, 0)
-
-
-def unstack_layers(params: Params) -> dict[str, Any]:
-    """Parameters of ``Llama`` with ``layers`` as a list of one dict a layer, for ``run_layers``.
-
-    Each stacked array is freed as soon as it is cut, so that the peak is one stacked array over the whole.
-    """
-    stacked, treedef = jax.tree.flatten(params["layers"])
-    columns = []
-    while stacked:
-        columns.append(list(stacked.pop(0)))
-    layers = [jax.tree.unflatten(treedef, layer) for layer in zip(*columns, strict=True)]
-    return {**params, "layers": layers}
-
-
-def empty_cache(config: LlamaConfig, rows: int, capacity: int, dtype: DType) -> list[Cache]:
-    """A zero cache a layer, ``[rows capacity k h]``."""
-    shape = (rows, capacity, config.num_kv_heads, config.head_dim)
-    return [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.num_layers)]
-
-
-def run_layers(
-    config: LlamaConfig,
-    params: Params,
-    embeds: Float[Array, "b t d"],
-    positions: Int[Array, "b t"],
-    caches: list[Cache] | None = None,
-) -> tuple[Float[Array, "b t d"], list[Cache]]:
-    """Unstacked layers over right-padded rows; returns the normed states and each layer's keys and values.
-
-    Without caches a row attends causally to itself; with caches it attends to everything up to its
-    own position. Padding on the right is never attended to, since it comes later.
-    """
-    dtype = embeds.dtype
-    angles = rotary_angles(positions, config.head_dim, config.rope_theta, config.rope_scaling)
-    if caches is None:
-        mask = causal_mask(embeds.shape[1])
-    else:
-        mask = decode_mask(positions, caches[0][0].shape[1])
-    layer, x, new_caches = LlamaLayer(config, dtype), embeds, []
-    for index, layer_params in enumerate(params["layers"]):
-        cache = None if caches is None else caches[index]
-        x, cache = layer.apply({"params": layer_params}, x, angles, mask, positions, cache)
-        new_caches.append(cache)
-    normed = rms_norm(config.rms_norm_eps, name="norm", dtype=dtype).apply({"params": params["norm"]}, x)
-    return normed, new_caches
-
-
-def lookup(params: Params, ids: Int[Array, "b t"], dtype: DType) -> Float[Array, "b t d"]:
-    return params["embed_tokens"]["embedding"][ids].astype(dtype)
-
-
-def head(config: LlamaConfig, params: Params, x: Float[Array, "b d"]) -> Float[Array, "b v"]:
-    """Float32 logits of normed states."""
-    if config.tie_embeddings:
-        kernel = params["embed_tokens"]["embedding"].T
-    else:
-        kernel = params["lm_head"]["kernel"]
-    return jnp.einsum("bd,dv->bv", x, kernel.astype(x.dtype)).astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""LLaMA's two ways to run (scanned, unstacked), its cache, and padding on either side."""
+"""LLaMA over whole sequences: padding on either side, remat, dtypes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import pytest
 from tiny import random_params
 
 from mgpt4_jax.config import LlamaConfig, ModelConfig, RopeScaling
-from mgpt4_jax.models import llama
-from mgpt4_jax.models.llama import Llama
+from mgpt4_jax.models.llama import Llama, text_positions
 
 MHA = LlamaConfig(
     vocab_size=61, hidden_size=32, mlp_size=48, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=8, max_positions=256
@@ -39,63 +38,9 @@ def _logits(config, params, embeds, valid=None):
     return Llama(config).apply({"params": params}, embeds, valid)
 
 
-@partial(jax.jit, static_argnums=0)
-def _unstacked(config, params, embeds, start, caches=None):
-    """Logits of unstacked layers; ``start`` is the position of each row's first token."""
-    positions = start[:, None] + jnp.arange(embeds.shape[1])
-    states, caches = llama.run_layers(config, llama.unstack_layers(params), embeds, positions, caches)
-    logits = llama.head(config, params, states.reshape(-1, 32)).reshape(*states.shape[:2], -1)
-    return logits, caches
-
-
-START = jnp.zeros(2, jnp.int32)
-
-
 @pytest.fixture
 def embeds(rng):
     return jnp.asarray(rng.standard_normal((2, LENGTH, 32)), jnp.float32)
-
-
-def test_unstacked_equals_scanned(model, embeds):
-    config, params = model
-    logits, caches = _unstacked(config, params, embeds, START)
-    assert len(caches) == config.num_layers
-    assert caches[0][0].shape == (2, LENGTH, config.num_kv_heads, config.head_dim)
-    np.testing.assert_allclose(logits, _logits(config, params, embeds), **TOLERANCE)
-
-
-def test_prefill_by_pieces_equals_the_full_pass(model, embeds):
-    config, params = model
-    caches = llama.empty_cache(config, 2, LENGTH + 5, jnp.float32)
-    done, outputs = 0, []
-    for size in (100, 28, 1, 1):
-        logits, caches = _unstacked(config, params, embeds[:, done : done + size], START + done, caches)
-        outputs.append(logits)
-        done += size
-    assert done == LENGTH
-    np.testing.assert_allclose(jnp.concatenate(outputs, 1), _logits(config, params, embeds), **TOLERANCE)
-
-
-def test_rows_of_a_cache_stand_at_their_own_positions(model, embeds):
-    """Right-padded prefill of unequal rows, then one token a row: as each row alone."""
-    config, params = model
-    lengths = np.array([100, 129])
-    caches = llama.empty_cache(config, 2, LENGTH + 5, jnp.float32)
-    _, caches = _unstacked(config, params, embeds[:, :129], START, caches)
-    token = jnp.stack([embeds[row, length] for row, length in enumerate(lengths)])[:, None]
-    logits, _ = _unstacked(config, params, token, jnp.asarray(lengths), caches)
-    full = _logits(config, params, embeds)
-    for row, length in enumerate(lengths):
-        np.testing.assert_allclose(logits[row, 0], full[row, length], **TOLERANCE)
-
-
-def test_a_write_beyond_the_cache_is_dropped(model, embeds):
-    config, params = model
-    caches = llama.empty_cache(config, 2, 4, jnp.float32)
-    _, caches = _unstacked(config, params, embeds[:, :6], START, caches)
-    _, expected = _unstacked(config, params, embeds[:, :4], START)
-    for ours, alone in zip(jax.tree.leaves(caches), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(ours, alone, rtol=1e-5, atol=1e-5)
 
 
 def test_padding_on_either_side_changes_nothing(model, embeds):
@@ -137,13 +82,6 @@ def test_remat_changes_nothing(model, embeds):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), plain_gradient, saved_gradient)
 
 
-def test_lookup_is_embed(model):
-    config, params = model
-    ids = jnp.array([[3, 60, 0]])
-    ours = llama.lookup(params, ids, jnp.float32)
-    np.testing.assert_array_equal(ours, Llama(config).apply({"params": params}, ids, method=Llama.embed))
-
-
 def test_bfloat16_stays_bfloat16_and_its_logits_are_float32(model, embeds):
     config, params = model
     run = jax.jit(lambda x: Llama(config, jnp.bfloat16).apply({"params": params}, x, mutable="intermediates"))
@@ -154,4 +92,4 @@ def test_bfloat16_stays_bfloat16_and_its_logits_are_float32(model, embeds):
 
 def test_text_positions_count_valid_tokens():
     valid = jnp.array([[0, 0, 1, 1], [1, 1, 0, 0]])
-    assert llama.text_positions(valid).tolist() == [[0, 0, 0, 1], [0, 1, 1, 1]]
+    assert text_positions(valid).tolist() == [[0, 0, 0, 1], [0, 1, 1, 1]]
