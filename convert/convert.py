@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mgpt4_jax.checkpoint import ModelManifest, ParamsWriter, SourceFile, new_directory
 from mgpt4_jax.data.prompts import get_template
-from mgpt4_jax.data.text import copy_tokenizer
+from mgpt4_jax.data.text import copy_tokenizer, load_bert_tokenizer, load_llama_tokenizer
 from mgpt4_jax.errors import UserError
 from mgpt4_jax.models import abstract_params
 
@@ -201,3 +201,7 @@ def _copy_tokenizer(
         inferred.warnings.append(f"no tokenizer beside the weights; give --{option} before you ask in words")
     else:
         copy_tokenizer(asked or found, target)
+        load = load_llama_tokenizer if option == "tokenizer" else load_bert_tokenizer
+        rows = inferred.config.llama if option == "tokenizer" else inferred.config.qformer
+        if (words := load(target).vocab_size) > rows.vocab_size:
+            inferred.warnings.append(f"the {option} knows {words} tokens, the model has {rows.vocab_size}")

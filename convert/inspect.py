@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console, ConsoleOptions, RenderResult
+from rich.markup import escape
 from rich.table import Table
 
 from mgpt4_jax.checkpoint import flatten, read_manifest
@@ -61,11 +62,12 @@ class Inspection:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         table = Table("tensor", "shape", "dtype")
         for key, info in list(self.tensors.items())[:_SHOWN]:
-            table.add_row(key, "x".join(map(str, info.shape)) or "scalar", info.dtype)
+            name = escape(key if key.isprintable() else repr(key))  # a file may not steer the terminal
+            table.add_row(name, "x".join(map(str, info.shape)) or "scalar", info.dtype)
         if self.num_tensors > _SHOWN:
             table.add_row(f"... and {self.num_tensors - _SHOWN} more", "", "")
         yield table
-        yield from self.lines()
+        yield from map(escape, self.lines())
 
 
 def inspect(path: str | Path) -> Inspection:

@@ -31,6 +31,7 @@ FLOAT_DTYPES = {
 _SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64", "I64": "int64"}
 _LEGACY_TORCH = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."  # pickled magic number of old torch.save
 REMAP_BYTES = 1 << 29
+_MOST_HEADER = 100_000_000  # bytes; safetensors has the same limit
 _OLDEST_TORCH = (2, 10)  # earlier ones have known holes in weights_only (CVE-2026-24747)
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
@@ -146,12 +147,14 @@ def _check_zip(path: Path) -> None:
 def _check_safetensors(path: Path, size: int, header_size: int) -> None:
     if 8 + header_size > size:
         raise UserError(f"{path}: is truncated ({size} bytes, its header alone has {8 + header_size}); {AGAIN}")
+    if header_size > _MOST_HEADER:
+        raise UserError(f"{path}: its safetensors header claims {header_size} bytes; {AGAIN}")
     with path.open("rb") as file:
         file.seek(8)
         try:
             header = json.loads(file.read(header_size))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             raise UserError(f"{path}: its safetensors header is damaged; {AGAIN}") from error
     expected = 8 + header_size + max(ends, default=0)
     if size < expected:
@@ -326,10 +329,10 @@ def _shard_names(directory: Path) -> tuple[dict[str, str], list[str]]:
             weight_map = (read_json(directory / name) or {}).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise UserError(f"{directory / name}: has no weight_map; {AGAIN}")
-            names = sorted(set(weight_map.values()))
-            if unsafe := [shard for shard in names if not isinstance(shard, str) or Path(shard).name != shard]:
+            named = weight_map.values()
+            if unsafe := [shard for shard in named if not isinstance(shard, str) or Path(shard).name != shard]:
                 raise UserError(f"{directory / name}: names a file outside the directory ({unsafe[0]!r}); refused")
-            return weight_map, names
+            return weight_map, sorted(set(named))
     for name in _SINGLE:
         if (directory / name).exists():
             return {}, [name]
@@ -344,7 +347,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
         return None
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         pointer = path.read_bytes().startswith(b"version https://git-lfs")
         reason = "is a Git-LFS pointer; run `git lfs pull`" if pointer else f"is not valid JSON; {AGAIN}"
         raise UserError(f"{path}: {reason}") from error

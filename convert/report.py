@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console, ConsoleOptions, RenderResult
+from rich.markup import escape
 from rich.table import Table
 
 from mgpt4_jax.checkpoint import ModelManifest
@@ -49,7 +50,7 @@ class Report:
         for column in table.columns[1:3]:
             column.justify = "right"
         yield table
-        yield from self.notes()
+        yield from map(escape, self.notes())
 
     def notes(self) -> list[str]:
         """One line each: what was resized, left out or filled in, warnings, and where the model is."""

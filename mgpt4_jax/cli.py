@@ -283,7 +283,7 @@ def _chat(arguments: Namespace) -> int:
 
 def _console() -> Console:
     """Wide enough for the tables when there is no terminal; paths are never wrapped into them."""
-    return Console(soft_wrap=True) if sys.stdout.isatty() else Console(width=120, soft_wrap=True)
+    return Console(soft_wrap=True, emoji=False, width=None if sys.stdout.isatty() else 120)
 
 
 COMMANDS: dict[str, tuple[Command, Callable[[ArgumentParser], None], str, str]] = {

@@ -19,10 +19,11 @@ def earlier(tmp_path: Path) -> Path:
 
 def test_only_an_earlier_result_is_replaced(tmp_path: Path) -> None:
     for name, make in {"photos": lambda p: p.mkdir(), "notes": lambda p: p.write_text("x")}.items():
-        make(tmp_path / name)
-        with pytest.raises(UserError, match=f"{name}: is no earlier result"), new_directory(tmp_path / name, overwrite=True):
+        out = tmp_path / name
+        make(out)
+        with pytest.raises(UserError, match=f"{name}: is no earlier result"), new_directory(out, overwrite=True):
             raise AssertionError
-        assert (tmp_path / name).exists()
+        assert out.exists()
 
 
 def test_neighbours_stay(tmp_path: Path) -> None:

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import io
 import math
 import re
 import struct
 import urllib.parse
+import warnings
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -191,7 +194,8 @@ def _open(file: IO[bytes], name: str, max_pixels: int) -> Image.Image:
     file.seek(0)
     try:
         Image.init()
-        image = Image.open(file, formats=[kind for kind in FORMATS if kind in Image.OPEN])
+        with _quiet():
+            image = Image.open(file, formats=[kind for kind in FORMATS if kind in Image.OPEN])
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UserError(_too_large(name, "", max_pixels)) from error
     except _DECODE_ERRORS as error:
@@ -206,9 +210,19 @@ def _decode(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
     if width * height > max_pixels:
         raise UserError(_too_large(name, f" ({width} x {height})", max_pixels))
     try:
-        return image.convert("RGB")
+        with _quiet():
+            return image.convert("RGB")
     except _DECODE_ERRORS as error:
         raise UserError(f"{name}: the picture is truncated or broken ({error})") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Pillow's warnings: of sizes that are capped here, of transparency that is dropped on purpose."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield
 
 
 def _too_large(name: str, size: str, max_pixels: int) -> str:
