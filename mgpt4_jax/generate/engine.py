@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -86,11 +86,10 @@ class State(NamedTuple):
     caches: list[Cache]
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Answering:
     index: int
     request: Request
-    ids: list[int] = field(default_factory=list)
 
 
 class Engine:
@@ -127,7 +126,8 @@ class Engine:
         self._empty = jax.jit(partial(_empty, llama, dtype, place), static_argnums=(0, 1))
         self._grow = jax.jit(partial(_grow, place), static_argnums=1)
         self._prefill = jax.jit(partial(_prefill, llama))
-        self._insert = jax.jit(partial(_insert, bos_id, place), donate_argnums=0)
+        self._first = jax.jit(partial(_first, bos_id))
+        self._insert = jax.jit(partial(_insert, place), donate_argnums=0)
         self._decode = jax.jit(partial(_decode, llama, place), donate_argnums=1)
 
     # -- shapes ---------------------------------------------------------------------------------
@@ -140,13 +140,14 @@ class Engine:
         programs: list[tuple[str | int, ...]] = [("empty", b, s) for b in slots for s in lengths]
         programs += [("grow", b, t, s) for b in slots for t, s in fitting if t < s]
         programs += [("prefill", r, t, i) for r in slots for t in lengths for i in images]
+        programs += [("first", r) for r in slots]
         programs += [("insert", r, t, b, s) for b in slots for r in _powers(b) for t, s in fitting]
         programs += [("decode", b, s) for b in slots for s in lengths]
         return programs
 
     def num_compiled(self) -> int:
         """Programs that exist now."""
-        programs = (self._empty, self._grow, self._prefill, self._insert, self._decode)
+        programs = (self._empty, self._grow, self._prefill, self._first, self._insert, self._decode)
         return sum(program._cache_size() for program in programs)
 
     def check(self, request: Request) -> None:
@@ -201,12 +202,12 @@ class Engine:
             answering |= placed
             cancelled[list(placed)] = False
             for group in self._groups(placed):
-                state, emitted = self._start(state, {slot: placed[slot] for slot in group})
-                yield from self._settle(answering, cancelled, emitted)
+                state, emitted = self._start(state, group, [placed[slot].request for slot in group])
+                yield from self._settle(answering, cancelled, group, emitted)
             if not answering:
                 return
             state, emitted = self._decode(self.params, state, np.int32(min(chunk, CHUNK)), cancelled)
-            yield from self._settle(answering, cancelled, emitted)
+            yield from self._settle(answering, cancelled, range(slots), emitted)
 
     def _groups(self, placed: dict[int, _Answering]) -> list[list[int]]:
         """Slots to prefill together: one padded length and count of pictures, a power of two of rows."""
@@ -225,8 +226,8 @@ class Engine:
     def _image_bucket(self, request: Request) -> int:
         return 1 << max(self._num_images(request) - 1, 0).bit_length()
 
-    def _start(self, state: State, group: dict[int, _Answering]) -> tuple[State, Any]:
-        requests = [answer.request for answer in group.values()]
+    def _start(self, state: State, targets: list[int], requests: list[Request]) -> tuple[State, Any]:
+        """Prefill requests of one shape, choose their first tokens and put them into the slots ``targets``."""
         length = _bucket(self.lengths, max(len(request.ids) for request in requests))
         ids = np.stack([_pad(request.ids, length, 0) for request in requests])
         slots = np.stack([_pad(request.slots, length, -1) for request in requests])
@@ -240,29 +241,24 @@ class Engine:
         lengths = np.array([len(request.ids) for request in requests], np.int32)
         caches, logits = self._prefill(self.params, ids, slots, images, lengths)
         stops = [(*request.sampling.stop_ids, *((eos,) for eos in self.eos_ids)) for request in requests]
-        return self._insert(
-            state,
-            caches,
-            logits,
-            lengths,
-            np.array(list(group), np.int32),
-            pack_stops(stops, *STOP_SHAPE),
-            stack_sampling([request.sampling for request in requests]),
-        )
+        sampling = stack_sampling([request.sampling for request in requests])
+        rows, emitted = self._first(logits, lengths, pack_stops(stops, *STOP_SHAPE), sampling)
+        return self._insert(state, caches, rows, np.array(targets, np.int32)), emitted
 
-    def _settle(self, answering: dict[int, _Answering], cancelled: np.ndarray, emitted: Any) -> Iterator[Update]:
-        """Hand out new tokens (-1: none); rows that ended leave ``answering``, by the host's word too."""
-        tokens, done, stopped = jax.device_get(emitted)
-        for slot, answer in list(answering.items()):
-            ids = [int(token) for token in tokens[slot] if token >= 0]
+    def _settle(
+        self, answering: dict[int, _Answering], cancelled: np.ndarray, slots: Iterable[int], emitted: Any
+    ) -> Iterator[Update]:
+        """Hand out new tokens (-1: none) of ``slots``; rows that ended, by the host's word too, leave ``answering``."""
+        for slot, tokens, done, stopped in zip(slots, *jax.device_get(emitted), strict=True):
+            ids = [int(token) for token in tokens if token >= 0]
             if not ids:
                 continue
-            answer.ids += ids
+            answer = answering[slot]
             reason: FinishReason | None = None
             if answer.request.watch is not None and answer.request.watch(ids):
                 reason, cancelled[slot] = "stop", True
-            elif done[slot]:
-                reason = "stop" if stopped[slot] else "length"
+            elif done:
+                reason = "stop" if stopped else "length"
             if reason is not None:
                 del answering[slot]
             yield Update(answer.index, ids, reason)
@@ -323,44 +319,42 @@ def _prefill(
     return caches, next_logits(params, x[jnp.arange(ids.shape[0]), lengths - 1])
 
 
-def _insert(
+def _first(
     bos_id: int,
-    place: Any,
-    state: State,
-    caches: list[Cache],
-    logits: Float[Array, "r v"],
-    lengths: Int[Array, " r"],
-    targets: Int[Array, " r"],
-    stops: Int[Array, "r k w"],
+    logits: Float[Array, "b v"],
+    lengths: Int[Array, " b"],
+    stops: Int[Array, "b k w"],
     sampling: Sampling,
-) -> tuple[State, Any]:
-    """Put prefilled rows into the slots ``targets`` and choose their first tokens.
+) -> tuple[Rows, Any]:
+    """Rows of prefilled prompts with their first tokens.
 
     The repetition penalty starts from the dummy first token alone, as Hugging Face's does when it
     generates from embeddings.
     """
-    count, t = logits.shape[0], caches[0][0].shape[-1]
-    zeros = jnp.zeros(count, jnp.int32)
-    fresh = Rows(
+    zeros = jnp.zeros_like(lengths)
+    rows = Rows(
         token=zeros,
         position=lengths - 1,
         generated=zeros,
         done=zeros > 0,
         stopped=zeros > 0,
         seen=jnp.broadcast_to(jnp.arange(logits.shape[1]) == bos_id, logits.shape),
-        recent=jnp.full((count, STOP_SHAPE[1]), -1),
+        recent=jnp.full((len(zeros), STOP_SHAPE[1]), -1),
         stops=stops,
         sampling=sampling,
     )
-    fresh, tokens = _advance(fresh, logits)
-    rows = jax.tree.map(lambda old, new: old.at[targets].set(new), state.rows, fresh)
+    rows, tokens = _advance(rows, logits)
+    return rows, (tokens[:, None], rows.done, rows.stopped)
+
+
+def _insert(place: Any, state: State, caches: list[Cache], rows: Rows, targets: Int[Array, " r"]) -> State:
+    """Put prefilled rows into the slots ``targets``."""
+    t = caches[0][0].shape[-1]
     merged = [
         (old[0].at[targets, :, :, :t].set(new[0]), old[1].at[targets, :, :t].set(new[1]))
         for old, new in zip(state.caches, caches, strict=True)
     ]
-    slots = state.rows.token.shape[0]
-    emitted = jnp.full((slots, 1), -1).at[targets, 0].set(tokens)
-    return place(State(rows, merged)), (emitted, rows.done, rows.stopped)
+    return place(State(jax.tree.map(lambda old, new: old.at[targets].set(new), state.rows, rows), merged))
 
 
 def _decode(
