@@ -44,7 +44,7 @@ def parse_mesh(text: str | None) -> dict[str, int]:
     sizes = dict.fromkeys(AXES, 1)
     for part in filter(None, (text or "").split(",")):
         name, _, size = part.partition("=")
-        if name.strip() not in sizes or not size.strip().isdigit() or int(size) < 1:
+        if name.strip() not in sizes or not size.strip().isdecimal() or int(size) < 1:
             raise UserError(f"mesh {text!r}: cannot read {part!r}; write for example 'data=2,fsdp=2,tensor=2'")
         sizes[name.strip()] = int(size)
     return sizes

@@ -56,7 +56,7 @@ def test_sharded_forward_equals_unsharded(mesh):
     np.testing.assert_allclose(forward(placed), forward(params), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("text", ["data=2,batch=4", "fsdp", "tensor=0", "tensor=two", "data:2"])
+@pytest.mark.parametrize("text", ["data=2,batch=4", "fsdp", "tensor=0", "tensor=two", "data:2", "fsdp=²"])
 def test_a_mesh_that_cannot_be_read_is_refused(text):
     with pytest.raises(UserError, match="cannot read"):
         parse_mesh(text)
