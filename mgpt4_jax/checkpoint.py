@@ -97,7 +97,9 @@ def read_manifest(model_dir: Path | str) -> ModelManifest:
 
 
 @contextlib.contextmanager
-def new_directory(out: Path | str, *, overwrite: bool = False, marks: tuple[str, ...] = ("model.json",)) -> Iterator[Path]:
+def new_directory(
+    out: Path | str, *, overwrite: bool = False, marks: tuple[str, ...] = ("model.json",)
+) -> Iterator[Path]:
     """A directory beside ``out`` that takes its name only when the block succeeds; else nothing is left.
 
     With ``overwrite`` an earlier result is replaced, which is told by one of the files ``marks``.
@@ -106,7 +108,9 @@ def new_directory(out: Path | str, *, overwrite: bool = False, marks: tuple[str,
     if out.exists() and not overwrite:
         raise UserError(f"{out}: exists already; choose another name or pass --overwrite")
     if out.exists() and not any((out / mark).is_file() for mark in marks):
-        raise UserError(f"{out}: is no earlier result (it has no {marks[0]}), so it is not replaced; choose another name")
+        raise UserError(
+            f"{out}: is no earlier result (no {marks[0]} in it), so it is not replaced; choose another name"
+        )
     whole = out.absolute()
     partial = whole.with_name(f"{whole.name}.partial")
     with _alone(partial, out):
