@@ -9,13 +9,13 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from tiny import MINIGPT4 as CONFIG
+from tiny import random_params
 
 from mgpt4_jax import checkpoint
 from mgpt4_jax.errors import UserError
 from mgpt4_jax.models import num_parameters
 from mgpt4_jax.sharding import make_mesh
-from tiny import MINIGPT4 as CONFIG
-from tiny import random_params
 
 
 @pytest.fixture(scope="module")

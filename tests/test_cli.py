@@ -31,8 +31,7 @@ def test_every_command_shows_help_with_an_example(command: str, capsys: pytest.C
 
 def test_help_does_not_import_jax() -> None:
     program = (
-        "import sys; from mgpt4_jax import cli\ntry: cli.main(['--help'])"
-        "\nfinally: sys.exit('jax' in sys.modules)"
+        "import sys; from mgpt4_jax import cli\ntry: cli.main(['--help'])\nfinally: sys.exit('jax' in sys.modules)"
     )
     start = time.monotonic()
     finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
@@ -57,9 +56,7 @@ def test_help_does_not_import_jax() -> None:
         (["chat", "nowhere", "--top-p", "2"], "top_p must be"),
     ],
 )
-def test_errors_are_one_line_and_code_2(
-    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
-) -> None:
+def test_errors_are_one_line_and_code_2(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     code, out, err = run(capsys, *arguments)
     assert (code, out) == (2, "")
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err
@@ -71,7 +68,10 @@ def test_debug_shows_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_generate_answers_and_resumes(
-    capsys: pytest.CaptureFixture[str], model_dir: Path, pictures: list[Path], tmp_path: Path  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+    model_dir: Path,  # noqa: F811
+    pictures: list[Path],  # noqa: F811
+    tmp_path: Path,
 ) -> None:
     questions, answers = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     lines = [{"id": i, "prompt": "What is it?", "image": path.name} for i, path in enumerate(pictures)]
@@ -91,7 +91,9 @@ def test_generate_answers_and_resumes(
 
 
 def test_generate_refuses_before_it_loads(
-    capsys: pytest.CaptureFixture[str], model_dir: Path, tmp_path: Path  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+    model_dir: Path,
+    tmp_path: Path,  # noqa: F811
 ) -> None:
     questions = tmp_path / "in.jsonl"
     questions.write_text('{"id": 1, "prompt": "a"}\n{"id": 1, "prompt": "b"}\n')

@@ -12,10 +12,24 @@ from mgpt4_jax.models import abstract_params
 
 VIT = VitConfig(image_size=28, patch_size=14, hidden_size=32, mlp_size=64, num_layers=2, num_heads=4)
 QFORMER = QformerConfig(
-    hidden_size=32, mlp_size=64, num_layers=4, num_heads=4, num_queries=6, encoder_size=32, vocab_size=60, max_positions=40
+    hidden_size=32,
+    mlp_size=64,
+    num_layers=4,
+    num_heads=4,
+    num_queries=6,
+    encoder_size=32,
+    vocab_size=60,
+    max_positions=40,
 )
 LLAMA = LlamaConfig(
-    vocab_size=128, hidden_size=64, mlp_size=128, num_layers=2, num_heads=4, num_kv_heads=4, head_dim=16, max_positions=512
+    vocab_size=128,
+    hidden_size=64,
+    mlp_size=128,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=16,
+    max_positions=512,
 )
 MINIGPT4 = ModelConfig("minigpt4", VIT, QFORMER, LLAMA)
 

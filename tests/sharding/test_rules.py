@@ -7,13 +7,13 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
+from tiny import MINIGPT4, random_params
 
 from mgpt4_jax.checkpoint import flatten
 from mgpt4_jax.config import blip2_stage1, minigpt4, vicuna_7b
 from mgpt4_jax.errors import UserError
 from mgpt4_jax.models import boxed_params, build
 from mgpt4_jax.sharding import RULES, make_mesh, param_shardings, parse_mesh
-from tiny import MINIGPT4, random_params
 
 
 @pytest.mark.parametrize("config", [minigpt4(vicuna_7b()), minigpt4(vicuna_7b(), with_qformer=False), blip2_stage1()])
@@ -28,7 +28,9 @@ def test_every_axis_of_every_parameter_is_named_in_the_table(config):
 
 
 def test_partitions_are_those_that_were_meant():
-    specs = {k: s.spec for k, s in flatten(param_shardings(minigpt4(vicuna_7b()), make_mesh("fsdp=2,tensor=4"))).items()}
+    specs = {
+        k: s.spec for k, s in flatten(param_shardings(minigpt4(vicuna_7b()), make_mesh("fsdp=2,tensor=4"))).items()
+    }
     assert specs["llama/layers/attn/query/kernel"] == P(None, "fsdp", "tensor", None)
     assert specs["llama/layers/attn/out/kernel"] == P(None, "tensor", None, "fsdp")
     assert specs["llama/layers/mlp/down/kernel"] == P(None, "tensor", "fsdp")
