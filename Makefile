@@ -14,7 +14,7 @@ FIND_PYTHON = for python in $(PYTHON) python3 python3.12 python3.11; do \
 	    python=; \
 	done
 
-.PHONY: help test demo lint fmt bench clean
+.PHONY: help test demo lint fmt bench prove clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -35,10 +35,12 @@ fmt: $(READY)  ## format, and mend what can be mended by rule
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: $(READY)  ## run the side-by-side programs of benchmarks/
-	@set -e; for program in benchmarks/[a-z]*.py; do \
-	    echo "$$program"; $(BIN)/python "$$program" $(ARGS); \
-	done
+bench: $(READY)  ## measure speed beside PyTorch; benchmarks/RESULTS.md keeps the figures
+	$(BIN)/python benchmarks/side_by_side.py $(ARGS)
+
+prove: $(READY)  ## true sizes: convert 7B, verify a ViT-g; needs 45 GB: ARGS="--scratch DIR"
+	$(BIN)/python benchmarks/convert_size.py $(ARGS)
+	$(BIN)/python benchmarks/verify_size.py $(ARGS)
 
 clean:  ## remove the environment, the caches and what builds leave
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .mypy_cache build dist *.egg-info

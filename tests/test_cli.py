@@ -92,8 +92,8 @@ def test_generate_answers_and_resumes(
 
 def test_generate_refuses_before_it_loads(
     capsys: pytest.CaptureFixture[str],
-    model_dir: Path,
-    tmp_path: Path,  # noqa: F811
+    model_dir: Path,  # noqa: F811
+    tmp_path: Path,
 ) -> None:
     questions = tmp_path / "in.jsonl"
     questions.write_text('{"id": 1, "prompt": "a"}\n{"id": 1, "prompt": "b"}\n')
