@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from tiny_hf import LLAMA, QFORMER, VISION
+from tiny_hf import LLAMA, QFORMER, VISION, greedy_ids
 from transformers import InstructBlipConfig, InstructBlipForConditionalGeneration
 
 from mgpt4_jax.models.minigpt4 import MiniGPT4
@@ -100,14 +100,8 @@ def test_logits_and_gradient(pair, rng, inputs, gradients, assert_gradients):
 
 def test_greedy_ids(pair, inputs):
     theirs = pair.torch.generate(**_for_torch(inputs), max_new_tokens=NEW, do_sample=False).numpy()[:, -NEW:]
-    ids, valid = (np.pad(inputs[name], ((0, 0), (0, NEW))) for name in ("ids", "valid"))
-    slots = np.pad(inputs["slots"], ((0, 0), (0, NEW)), constant_values=-1)
-
-    @jax.jit
-    def next_ids(ids, valid, step):
-        return _logits(pair, pair.params, inputs, ids, slots, valid)[:, LENGTH - 1 + step].argmax(-1)
-
-    for step in range(NEW):
-        ids[:, LENGTH + step] = next_ids(ids, valid, step)
-        valid[:, LENGTH + step] = True
-    np.testing.assert_array_equal(ids[:, LENGTH:], theirs)
+    encode = jax.jit(partial(MiniGPT4(pair.config).apply, {"params": pair.params}, method=MiniGPT4.encode_image))
+    images = np.asarray(encode(inputs["pixels"], inputs["text_ids"], inputs["text_valid"]))
+    rows = zip(inputs["ids"], inputs["slots"], inputs["valid"], images, strict=True)
+    prompts = [(np.where(slots >= 0, 0, ids)[keep], slots[keep], image) for ids, slots, keep, image in rows]
+    np.testing.assert_array_equal(greedy_ids(pair.config, pair.params, prompts, NEW), theirs)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from tiny_hf import LLAMA
+from tiny_hf import LLAMA, greedy_ids
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mgpt4_jax.models.layers import rotary_frequencies
@@ -98,16 +98,5 @@ def test_greedy_ids(pair, rng):
         max_new_tokens=NEW,
         do_sample=False,
     )
-    config, params = pair.config.llama, pair.params["llama"]
-
-    @jax.jit
-    def next_ids(ids, valid, step):
-        model = Llama(config).bind({"params": params})
-        return model(model.embed(ids), valid)[:, LENGTH - 1 + step].argmax(-1)
-
-    ids = np.pad(ids, ((0, 0), (0, NEW)))
-    valid = np.pad(valid, ((0, 0), (0, NEW)))
-    for step in range(NEW):
-        ids[:, LENGTH + step] = next_ids(ids, valid, step)
-        valid[:, LENGTH + step] = True
-    np.testing.assert_array_equal(ids, theirs.numpy())
+    prompts = [(row[keep], np.full(keep.sum(), -1), None) for row, keep in zip(ids, valid, strict=True)]
+    np.testing.assert_array_equal(greedy_ids(pair.config, pair.params, prompts, NEW), theirs.numpy()[:, LENGTH:])

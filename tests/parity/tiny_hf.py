@@ -1,6 +1,15 @@
-"""Sizes of the tiny models of ``transformers``; no two widths are equal, so that no mix-up fits."""
+"""Sizes of the tiny models of ``transformers``, and answers of ours to compare with theirs."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mgpt4_jax.config import ModelConfig
+from mgpt4_jax.generate.engine import Engine, Request
+from mgpt4_jax.generate.sampling import SamplingParams
 
 VISION = {
     "image_size": 20,
@@ -31,3 +40,15 @@ LLAMA = {
     "eos_token_id": None,
     "pad_token_id": 0,
 }
+
+
+def greedy_ids(
+    config: ModelConfig, params: Any, prompts: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray | None]], new: int
+) -> np.ndarray:
+    """[b new] ids of the engine for prompts ``(ids, slots, image tokens)`` of any lengths."""
+    engine = Engine(config, params, slots=2, eos_ids=())
+    requests = [Request(*prompt, SamplingParams(max_new_tokens=new)) for prompt in prompts]
+    found: list[list[int]] = [[] for _ in prompts]
+    for update in engine.run(requests):
+        found[update.index] += update.ids
+    return np.array(found)
