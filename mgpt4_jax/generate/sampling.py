@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -169,7 +169,7 @@ def next_tokens(
         kept = filter_top(scaled, sampling.top_k, sampling.top_p)
         return jnp.where(sampling.temperature > 0, draw_tokens(kept, sampling.seed, generated), greedy)
 
-    # Sorting a vocabulary costs more than the rest: skipped while every row is greedy.
+    # Drawing costs more than the rest of this function: skipped while every row is greedy.
     return jax.lax.cond(jnp.any(sampling.temperature > 0), draw, lambda _: greedy, scores)
 
 
@@ -192,29 +192,42 @@ def forbid_stops(
     return logits.at[index, blocked].set(-jnp.inf, mode="drop")
 
 
-def filter_top(
-    logits: Float[Array, "b v"], top_k: Int[Array, " b"], top_p: Float[Array, " b"]
-) -> Float[Array, "b v"]:
+def filter_top(logits: Float[Array, "b v"], top_k: Int[Array, " b"], top_p: Float[Array, " b"]) -> Float[Array, "b v"]:
     """Minus infinity outside the ``top_k`` largest and the smallest set whose probability reaches ``top_p``.
 
-    The set is cut at a value, so tokens that tie with the last one kept are kept; one is always kept.
+    The set is cut at a value, so tokens that tie with the last one kept are kept; one is always kept. The
+    value is bisected, which on a CPU is 20 (1 row) to 80 times (8 rows) faster than sorting 32000 tokens.
     """
-    v = logits.shape[1]
-    ordered = -jnp.sort(-logits, axis=-1)
-    count = jnp.where(top_k > 0, jnp.minimum(top_k, v), v)
-    kth = jnp.take_along_axis(ordered, count[:, None] - 1, axis=-1)
-    ordered = jnp.where(ordered >= kth, ordered, -jnp.inf)
-    probabilities = jax.nn.softmax(ordered, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    inside = (before < top_p[:, None]) | (top_p[:, None] >= 1.0)
-    inside = inside.at[:, 0].set(True) & jnp.isfinite(ordered)
-    smallest = jnp.min(jnp.where(inside, ordered, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(logits >= smallest, logits, -jnp.inf)
+    order = _order(logits)
+    count = jnp.where(top_k > 0, top_k, logits.shape[1])
+    kth = _bisect(lambda cut: jnp.sum(order >= cut, axis=-1) >= count, len(count))
+    weights = jax.nn.softmax(jnp.where(order >= kth, logits, -jnp.inf), axis=-1)
+    nucleus = _bisect(lambda cut: jnp.sum(jnp.where(order >= cut, weights, 0), axis=-1) >= top_p, len(top_p))
+    nucleus = jnp.where(top_p[:, None] < 1, nucleus, kth)  # rounding must not cut what is switched off
+    return jnp.where(order >= jnp.maximum(kth, nucleus), logits, -jnp.inf)
 
 
-def draw_tokens(
-    logits: Float[Array, "b v"], seeds: Int[Array, " b"], generated: Int[Array, " b"]
-) -> Int[Array, " b"]:
+def _order(x: Float[Array, "b v"]) -> Int[Array, "b v"]:
+    """Integers that are ordered as the numbers are."""
+    bits = jax.lax.bitcast_convert_type(x + 0.0, jnp.int32)  # -0 becomes 0
+    return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+def _bisect(holds: Callable[[Int[Array, "b 1"]], Bool[Array, " b"]], rows: int) -> Int[Array, "b 1"]:
+    """The largest integer of each row for which ``holds``, which is true up to some value and false beyond."""
+
+    def halve(_: Any, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = bounds
+        middle = (low | high) - ((low ^ high) >> 1)  # their mean, rounded up, without overflow
+        enough = holds(middle)[:, None]
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle - 1)
+
+    limits = jnp.iinfo(jnp.int32)
+    ends = jnp.full((rows, 1), limits.min), jnp.full((rows, 1), limits.max)
+    return jax.lax.fori_loop(0, 32, halve, ends)[0]
+
+
+def draw_tokens(logits: Float[Array, "b v"], seeds: Int[Array, " b"], generated: Int[Array, " b"]) -> Int[Array, " b"]:
     """One token a row, by the row's own key."""
 
     def draw(row: Array, seed: Array, count: Array) -> Array:
