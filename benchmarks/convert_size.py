@@ -35,16 +35,22 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, help="where 45 GB fit (default: a temporary directory)")
     parser.add_argument("--layers", type=int, default=32, help="fewer layers make a smaller, quicker model")
     parser.add_argument("--new-tokens", type=int, default=2)
+    parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     config = llama_7b(num_layers=args.layers)
+    if args.write:
+        write_model(config, args.write)
+        return
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         measure(config, Path(scratch), args.new_tokens)
 
 
 def measure(config: LlamaConfig, scratch: Path, new_tokens: int) -> None:
     source, model = scratch / "llm", scratch / "model"
-    size = write_model(config, source)
-    print(f"source: {size / 1e9:.2f} GB in {len(list(source.glob('*.safetensors')))} shards", flush=True)
+    # In a process of its own: what a parent once held counts as its children's peak.
+    subprocess.run([sys.executable, __file__, "--layers", str(config.num_layers), "--write", source], check=True)
+    shards = [file.stat().st_size for file in source.glob("*.safetensors")]
+    print(f"source: {sum(shards) / 1e9:.2f} GB in {len(shards)} shards", flush=True)
     copy_s = timed(lambda: copy(source, scratch / "copy"))
     shutil.rmtree(scratch / "copy")
     print(f"copy: {copy_s:.1f} s", flush=True)
@@ -63,8 +69,8 @@ def measure(config: LlamaConfig, scratch: Path, new_tokens: int) -> None:
     print(f"answer: {answers.read_text().strip()}")
 
 
-def write_model(config: LlamaConfig, out: Path) -> int:
-    """Random weights in Hugging Face's layout; returns bytes. Values repeat a block, shifted for each tensor."""
+def write_model(config: LlamaConfig, out: Path) -> None:
+    """Random weights in Hugging Face's layout. Values repeat a block, shifted for each tensor."""
     out.mkdir()
     block = (np.random.default_rng(0).standard_normal(1 << 22, dtype=np.float32) * 0.02).astype(ml_dtypes.bfloat16)
     shapes = tensor_shapes(config)
@@ -73,18 +79,15 @@ def write_model(config: LlamaConfig, out: Path) -> int:
         if sum(2 * int(np.prod(s)) for s in shards[-1].values()) > 4.9e9:
             shards.append({})
         shards[-1][name] = shape
-    index, total = {}, 0
+    index: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors = {name: filled(shape, block, seed) for seed, (name, shape) in enumerate(shard.items())}
         save_file(tensors, out / file, metadata={"format": "pt"})
         index |= dict.fromkeys(shard, file)
-        total += sum(tensor.nbytes for tensor in tensors.values())
-        del tensors
     (out / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     (out / "config.json").write_text(json.dumps(hugging_face_config(config)))
     write_tokenizer(out / "tokenizer.model", config.vocab_size)
-    return total
 
 
 def tensor_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
