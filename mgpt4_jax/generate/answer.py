@@ -14,7 +14,7 @@ from mgpt4_jax.data.text import BertTokenizer, StreamDecoder, Tokenizer
 from mgpt4_jax.errors import UserError
 from mgpt4_jax.generate.engine import Engine, Request, check_num_images
 from mgpt4_jax.generate.sampling import MAX_STOPS, SamplingParams
-from mgpt4_jax.generate.vision import TEXT_LENGTHS, ImageEncoder
+from mgpt4_jax.generate.vision import ImageEncoder
 
 STREAM_CHUNK = 4  # tokens between two pieces of a streamed answer
 
@@ -189,8 +189,8 @@ class Answerer:
     def _instruction(self, text: str) -> list[int]:
         if self.qformer_tokenizer is None:
             raise UserError("the model directory lacks qformer_tokenizer/; convert it with --qformer-tokenizer")
-        limit = min(TEXT_LENGTHS[-1], self.engine.config.qformer.max_positions)
-        return self.qformer_tokenizer.encode(text, max_length=limit)
+        assert self.encoder is not None
+        return self.qformer_tokenizer.encode(text, max_length=self.encoder.text_lengths[-1])
 
     def _finish(self, draft: _Draft) -> Prepared | UserError:
         sampling, stops = draft.question.sampling, draft.template.stops

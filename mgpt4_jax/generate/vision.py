@@ -14,7 +14,7 @@ from mgpt4_jax.models import build
 from mgpt4_jax.typing import Bool, DType, Float, Int, Params
 
 BATCH_SIZES = (8, 4, 2, 1)
-TEXT_LENGTHS = (32, 128, 512)  # what the instruction of an InstructBLIP model is padded to
+TEXT_LENGTHS = (32, 128, 512)  # what the instruction of an InstructBLIP model is padded to, if it reads so far
 CACHED_PICTURES = 256
 
 
@@ -24,6 +24,8 @@ class ImageEncoder:
     def __init__(self, config: ModelConfig, params: Params, dtype: DType):
         self.config, self.params = config, params
         self.reads_text = config.qformer is not None and config.qformer.with_text
+        positions = config.qformer.max_positions if config.qformer is not None else 0
+        self.text_lengths = sorted({min(length, positions) for length in TEXT_LENGTHS})
         module = build(config, dtype)
         self._encode = jax.jit(partial(module.apply, method="encode_image"))
         self._cache: OrderedDict[bytes, np.ndarray] = OrderedDict()
@@ -37,7 +39,7 @@ class ImageEncoder:
         found = dict(self._cache)
         for group in self._groups(missing, texts):
             batch = np.stack([pixels[i] for i in group])
-            text = () if texts is None else _pad_texts([texts[i] for i in group])
+            text = () if texts is None else self._pad_texts([texts[i] for i in group])
             tokens = np.asarray(self._encode({"params": self.params}, batch, *text))
             found |= {keys[i]: row for i, row in zip(group, tokens, strict=True)}
         for key in keys:
@@ -54,7 +56,7 @@ class ImageEncoder:
         """Batches of a power of two of pictures, whose texts have one padded length."""
         by_length: dict[int, list[int]] = {}
         for i in indices:
-            by_length.setdefault(0 if texts is None else _text_length(texts[i]), []).append(i)
+            by_length.setdefault(0 if texts is None else self._text_length(texts[i]), []).append(i)
         groups = []
         for same in by_length.values():
             while same:
@@ -63,23 +65,21 @@ class ImageEncoder:
                 same = same[size:]
         return groups
 
+    def _text_length(self, ids: list[int]) -> int:
+        return next(length for length in self.text_lengths if length >= len(ids))
+
+    def _pad_texts(self, texts: list[list[int]]) -> tuple[Int[np.ndarray, "i t"], Bool[np.ndarray, "i t"]]:
+        """Right-padded ids and which of them are text."""
+        length = self._text_length(max(texts, key=len))
+        ids, valid = np.zeros((len(texts), length), np.int32), np.zeros((len(texts), length), bool)
+        for row, text in enumerate(texts):
+            ids[row, : len(text)] = text
+            valid[row, : len(text)] = True
+        return ids, valid
+
 
 def _key(pixels: np.ndarray, text: list[int] | None) -> bytes:
     digest = hashlib.sha256(str(pixels.shape).encode())
     digest.update(np.ascontiguousarray(pixels).data)
     digest.update(b"" if text is None else np.array(text, np.int32).tobytes())
     return digest.digest()
-
-
-def _text_length(ids: list[int]) -> int:
-    return next(length for length in TEXT_LENGTHS if length >= len(ids))
-
-
-def _pad_texts(texts: list[list[int]]) -> tuple[Int[np.ndarray, "i t"], Bool[np.ndarray, "i t"]]:
-    """Right-padded ids and which of them are text."""
-    length = _text_length(max(texts, key=len))
-    ids, valid = np.zeros((len(texts), length), np.int32), np.zeros((len(texts), length), bool)
-    for row, text in enumerate(texts):
-        ids[row, : len(text)] = text
-        valid[row, : len(text)] = True
-    return ids, valid

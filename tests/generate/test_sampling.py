@@ -86,9 +86,7 @@ def test_draws_follow_the_distribution_and_the_seed_alone() -> None:
 def test_a_row_draws_the_same_wherever_it_stands(logits: np.ndarray) -> None:
     mixed = s.stack_sampling([s.sampling_params({"temperature": t, "seed": 7, "top_p": 0.9}) for t in (0.0, 1.0, 0.5)])
     none = jnp.full((3, 1, 1), -1)
-    together = s.next_tokens(
-        jnp.asarray(logits[:3]), jnp.zeros((3, VOCAB), bool), jnp.array([4, 4, 9]), none, mixed
-    )
+    together = s.next_tokens(jnp.asarray(logits[:3]), jnp.zeros((3, VOCAB), bool), jnp.array([4, 4, 9]), none, mixed)
     for row in range(3):
         alone = s.next_tokens(
             jnp.asarray(logits[row : row + 1]),
