@@ -51,10 +51,11 @@ class Inspection:
 
     def lines(self) -> list[str]:
         dtypes = ", ".join(f"{count} {name}" for name, count in self.dtypes.items())
+        files = "1 file" if len(self.files) == 1 else f"{len(self.files)} files"
         return [
             f"{self.path}: {self.what}",
             f"{self.num_tensors} tensors, {self.num_parameters:,} parameters, {dtypes}; "
-            f"{self.size / 1e6:,.1f} MB in {len(self.files)} file(s) of kind {self.kind}",
+            f"{_bytes(self.size)} in {files} of kind {self.kind}",
             *(f"can become: {text}" for text in self.can_become),
             *(f"warning: {text}" for text in self.warnings),
         ]
@@ -68,6 +69,10 @@ class Inspection:
             table.add_row(f"... and {self.num_tensors - _SHOWN} more", "", "")
         yield table
         yield from map(escape, self.lines())
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:,.1f} kB"
 
 
 def inspect(path: str | Path) -> Inspection:
@@ -125,7 +130,10 @@ def _describe(source: Source) -> tuple[str, list[str], list[str]]:
     if "query_tokens" in keys:
         can_become.append(f"the Q-Former: `mgpt4 convert --qformer {source.path} ...`")
     if "vision_proj.weight" in keys:
-        can_become.append("BLIP-2 stage 1 (search, matching, captions): give no --llm")
+        can_become.append(
+            "BLIP-2 with its text side (embeddings, matching), give no --llm: `mgpt4 convert --vit FILE --qformer "
+            f"{source.path} --qformer-tokenizer DIR ...`"
+        )
     if "llama_proj.weight" in keys or "llm_proj.weight" in keys:
         can_become.append(f"the projection: `mgpt4 convert --llm DIR --projection {source.path} ...`")
     return " + ".join(sides), can_become, []

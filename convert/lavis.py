@@ -186,6 +186,8 @@ class LavisFiles:
             table += qformer.stage1_heads(config.qformer, config.projection_size)
         else:
             reason = "the contrastive and matching heads of stage 1: not part of this model"
+            if config.architecture == "blip2":
+                reason = self._elsewhere("heads", "the set of stage 1's heads")
             table.append(Ignore(r"(vision_proj|text_proj|itm_head)\..*|temp", reason))
         for name in PROJECTIONS:
             if self.owner["projection"] == role and f"{name}.weight" in source.tensors():
@@ -203,7 +205,9 @@ class LavisFiles:
     def _elsewhere(self, side: str, words: str, absent: bool = False) -> str:
         if absent or self.owner[side] is None:
             return f"{words}: not part of this model"
-        return f"{words} is taken from {self._source(side).path.name}"
+        path = self._source(side).path
+        given_twice = sum(source.path == path for source in self.sources.values()) > 1
+        return f"{words} is taken from {path.name}" + f", given as --{self.owner[side]}" * given_twice
 
     def _fills(self, config: ModelConfig) -> list[Entry]:
         fills: list[Entry] = []

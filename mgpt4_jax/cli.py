@@ -102,14 +102,18 @@ def _add_sources(parser: ArgumentParser) -> None:
     parser.add_argument("--llm-delta", type=Path, help="Vicuna delta weights, added to --llm")
     parser.add_argument("--projection", type=Path, help="pretrained_minigpt4*.pth or checkpoint_N.pth")
     parser.add_argument(
-        "--from", dest="from_dir", type=Path, metavar="DIR", help="a whole Hugging Face Blip2 or InstructBlip directory"
+        "--from",
+        dest="from_dir",
+        type=Path,
+        metavar="DIR",
+        help="a whole Hugging Face directory: Blip2, InstructBlip (Vicuna) or LLaMA",
     )
 
 
 def _add_convert(parser: ArgumentParser) -> None:
     _add_sources(parser)
     parser.add_argument("--out", type=Path, required=True, help="the model directory to write")
-    parser.add_argument("--template", help="conversation template; guessed from the files if not given")
+    parser.add_argument("--template", help="conversation template: vicuna_v0, llama2, ... (guessed from the files)")
     parser.add_argument("--overrides", type=Path, help="YAML of what files of unusual sizes cannot tell")
     parser.add_argument("--image-size", type=int, help="resize the position embeddings to it")
     parser.add_argument("--tokenizer", type=Path, help="directory of the language model's tokeniser")
@@ -152,7 +156,7 @@ def _add_verify(parser: ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="the model directory")
     _add_sources(parser)
     parser.add_argument("--golden", type=Path, help="a recorded case, whose numbers are compared too")
-    parser.add_argument("--tolerance", type=float, default=1e-4, help="largest error that passes")
+    parser.add_argument("--tolerance", type=float, default=1e-4, help="largest error that passes (0.0001)")
     parser.add_argument("--json", type=Path, help="write the table there as JSON too")
 
 
@@ -198,19 +202,23 @@ def _export(arguments: Namespace) -> int:
 
 def _add_loading(parser: ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="the model directory")
-    parser.add_argument("--mesh", help="how to cut the model over devices: 'fsdp=4', 'data=2,tensor=2'")
-    parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
-    parser.add_argument("--max-length", type=int, help="longest prompt with its answer, in tokens")
+    parser.add_argument("--mesh", help="how to cut the model over devices: 'fsdp=4', 'data=2,tensor=2' (one device)")
+    parser.add_argument(
+        "--dtype", default="auto", help="float32, bfloat16 or auto (the default): what suits the device"
+    )
+    parser.add_argument("--max-length", type=int, help="longest prompt with its answer, in tokens (the model's limit)")
     parser.add_argument("--template", help="conversation template; 'none' gives the text as it is")
 
 
-def _add_sampling(parser: ArgumentParser) -> None:
+def _add_sampling(parser: ArgumentParser, temperature: str, top_p: str, penalty: str) -> None:
     parser.add_argument("--max-new-tokens", type=int, help="longest answer (300)")
     parser.add_argument("--min-new-tokens", type=int, help="shortest answer (0)")
-    parser.add_argument("--temperature", type=float, help="0 takes the most likely token")
-    parser.add_argument("--top-k", type=int, help="draw among so many tokens only")
-    parser.add_argument("--top-p", type=float, help="draw among the tokens that reach this probability")
-    parser.add_argument("--repetition-penalty", type=float, help="over 1: say less twice")
+    parser.add_argument("--temperature", type=float, help=f"0 takes the most likely token ({temperature})")
+    parser.add_argument("--top-k", type=int, help="draw among so many of the likeliest tokens only (0: among all)")
+    parser.add_argument(
+        "--top-p", type=float, help=f"draw among the likeliest tokens that together reach this probability ({top_p})"
+    )
+    parser.add_argument("--repetition-penalty", type=float, help=f"over 1: say less twice ({penalty})")
     parser.add_argument("--seed", type=int, help="of the draws (0)")
     parser.add_argument("--stop", action="append", help="end the answer before this text; may be given again")
 
@@ -228,21 +236,28 @@ def _load(arguments: Namespace, slots: int | None) -> Model:
     from mgpt4_jax.sharding import make_mesh
 
     options = {"dtype": arguments.dtype, "max_length": arguments.max_length, "slots": slots}
-    plan = make_plan(read_manifest(arguments.model), make_mesh(arguments.mesh), **options)
+    manifest = read_manifest(arguments.model)
+    if manifest.config.llama is None:
+        raise UserError(
+            f"{arguments.model}: a {manifest.config.architecture} model writes no text; "
+            "use it from Python: mgpt4_jax.load"
+        )
+    plan = make_plan(manifest, make_mesh(arguments.mesh), **options)
     print(plan, file=sys.stderr)
     options |= {"dtype": plan.dtype, "slots": plan.slots}
     model = load(arguments.model, mesh=arguments.mesh, **options)
-    if not isinstance(model, Model):
-        raise UserError(f"{arguments.model}: a {model.config.architecture} model writes no text; use it from Python")
+    assert isinstance(model, Model)  # the other kind has no language model
     return model
 
 
 def _add_generate(parser: ArgumentParser) -> None:
     _add_loading(parser)
     parser.add_argument("--input", type=Path, required=True, help='JSONL: {"id": 1, "image": "a.jpg", "prompt": "..."}')
-    parser.add_argument("--output", type=Path, required=True, help="JSONL; a second run goes on where it ends")
-    parser.add_argument("--slots", type=int, help="rows decoded together, a power of two")
-    _add_sampling(parser)
+    parser.add_argument(
+        "--output", type=Path, required=True, help="JSONL, written line by line; a second run goes on where it ends"
+    )
+    parser.add_argument("--slots", type=int, help="rows decoded together, a power of two (8 on a CPU, else 32)")
+    _add_sampling(parser, temperature="0", top_p="1", penalty="1")
 
 
 def _generate(arguments: Namespace) -> int:
@@ -266,7 +281,7 @@ def _generate(arguments: Namespace) -> int:
 def _add_chat(parser: ArgumentParser) -> None:
     _add_loading(parser)
     parser.add_argument("--image", action="append", help="show this picture first; may be given again")
-    _add_sampling(parser)
+    _add_sampling(parser, temperature="1", top_p="0.9", penalty="1.05")
 
 
 def _chat(arguments: Namespace) -> int:
@@ -299,7 +314,8 @@ COMMANDS: dict[str, tuple[Command, Callable[[ArgumentParser], None], str, str]] 
         _verify,
         _add_verify,
         "Run PyTorch beside JAX on the same files, layer by layer.",
-        "mgpt4 verify models/minigpt4-7b --vit eva_vit_g.pth --llm vicuna-7b",
+        "mgpt4 verify models/minigpt4-7b --vit eva_vit_g.pth --qformer blip2_pretrained_flant5xxl.pth --llm vicuna-7b "
+        "--projection pretrained_minigpt4_7b.pth",
     ),
     "export": (
         _export,

@@ -1,4 +1,4 @@
-"""``make demo``: the whole path on tiny files, in the layouts that the published weights have.
+"""make demo: the whole path on tiny files, in the layouts that the published weights have.
 
 Every step is a command of the program, printed before it runs, so that what one sees is what one types.
 The weights are random (a few hundred kilobytes, in ``tests/golden/data``): the answers are babble, the
@@ -33,7 +33,7 @@ QUESTIONS = [
     (["image_0.png", "image_2.png"], "What changed from <ImageHere> to <ImageHere>?"),
 ]
 NEXT = """
-With real weights (README.md says where they come from), the three commands are
+With the published weights (README.md says which files they are), the commands are
 
   mgpt4 convert --vit eva_vit_g.pth --qformer blip2_pretrained_flant5xxl.pth \\
                 --llm vicuna-7b --projection pretrained_minigpt4_7b.pth --out models/minigpt4-7b
@@ -44,7 +44,7 @@ With real weights (README.md says where they come from), the three commands are
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="make demo ARGS=...", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / ".demo", help="where the model and the answers go")
     out = parser.parse_args().out
     shutil.rmtree(out, ignore_errors=True)

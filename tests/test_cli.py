@@ -79,7 +79,7 @@ def test_generate_answers_and_resumes(
     command = ("generate", model_dir, "--input", questions, "--output", answers, "--max-new-tokens", 5)
     code, out, err = run(capsys, *command)
     assert (code, out) == (0, "")
-    assert "memory a device (float32)" in err and "3 answered" in err
+    assert "memory per device (float32)" in err and "3 answered" in err
     whole = answers.read_bytes()
     assert [json.loads(line)["id"] for line in whole.splitlines()] == [0, 1, 2]
     code, _, err = run(capsys, *command, "--dtype", "float32", "--slots", 2)

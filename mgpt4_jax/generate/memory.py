@@ -41,9 +41,10 @@ class MemoryPlan:
     def __str__(self) -> str:
         free = "" if self.free is None else f" of {_gigabytes(self.free)} free"
         return (
-            f"memory a device ({self.dtype}): language model {_gigabytes(self.language_model)}, "
+            f"memory per device ({self.dtype}): language model {_gigabytes(self.language_model)}, "
             f"picture side {_gigabytes(self.picture_side)}, cache up to {_gigabytes(self.cache)} "
-            f"({self.slots} rows of {self.max_length} tokens), in all {_gigabytes(self.total)}{free}"
+            f"({self.slots} x {self.max_length} tokens), "
+            f"work {_gigabytes(WORK_BYTES)}, in all {_gigabytes(self.total)}{free}"
         )
 
 
