@@ -54,7 +54,8 @@ class Summary:
         """What a person wants to know at the end."""
         parts = [f"{self.answered} answered ({self.new_tokens} tokens in {seconds:.1f} s)"]
         parts += [f"{self.skipped} there already"] if self.skipped else []
-        parts += [f"{self.failed} failed: see the lines with finish_reason error"] if self.failed else []
+        mend = "see the lines with finish_reason error; to try again, delete them from the output"
+        parts += [f"{self.failed} failed: {mend}"] if self.failed else []
         return ", ".join(parts)
 
 
