@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -47,25 +46,20 @@ def main() -> None:
 
 def measure(config: LlamaConfig, scratch: Path, new_tokens: int) -> None:
     source, model = scratch / "llm", scratch / "model"
-    # In a process of its own: what a parent once held counts as its children's peak.
+    # In a process of its own: what a parent once held would count as the peak of its children.
     subprocess.run([sys.executable, __file__, "--layers", str(config.num_layers), "--write", source], check=True)
     shards = [file.stat().st_size for file in source.glob("*.safetensors")]
     print(f"source: {sum(shards) / 1e9:.2f} GB in {len(shards)} shards", flush=True)
     copy_s = timed(lambda: copy(source, scratch / "copy"))
     shutil.rmtree(scratch / "copy")
     print(f"copy: {copy_s:.1f} s", flush=True)
-    convert_s = timed(lambda: mgpt4("convert", "--llm", source, "--out", model))
-    convert_rss = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
-    print(
-        f"convert: {convert_s:.1f} s = {convert_s / copy_s:.2f} x copy, peak resident {convert_rss:.2f} GB", flush=True
-    )
+    convert_s, peak = mgpt4("convert", "--llm", source, "--out", model)
+    print(f"convert: {convert_s:.1f} s = {convert_s / copy_s:.2f} x copy, peak resident {peak:.2f} GB", flush=True)
     questions, answers = scratch / "in.jsonl", scratch / "out.jsonl"
     questions.write_text(json.dumps({"id": 1, "prompt": "A", "max_new_tokens": new_tokens}) + "\n")
-    generate_s = timed(
-        lambda: mgpt4("generate", model, "--input", questions, "--output", answers, "--dtype", "bfloat16")
-    )
-    generate_rss = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
-    print(f"load and generate {new_tokens} tokens: {generate_s:.1f} s, peak resident {generate_rss:.2f} GB")
+    ask = ("--input", questions, "--output", answers, "--dtype", "bfloat16")
+    generate_s, peak = mgpt4("generate", model, *ask)
+    print(f"load and generate {new_tokens} tokens: {generate_s:.1f} s, peak resident {peak:.2f} GB")
     print(f"answer: {answers.read_text().strip()}")
 
 
@@ -138,8 +132,14 @@ def copy(source: Path, out: Path) -> None:
     os.sync()
 
 
-def mgpt4(*arguments: object) -> None:
-    subprocess.run([sys.executable, "-m", "mgpt4_jax.cli", *map(str, arguments)], check=True)
+def mgpt4(*arguments: object) -> tuple[float, float]:
+    """Run a command in a process of its own: seconds, and its peak resident memory in GB."""
+    start = time.perf_counter()
+    process = subprocess.Popen([sys.executable, "-m", "mgpt4_jax.cli", *map(str, arguments)])
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"mgpt4 {arguments[0]} failed")
+    return time.perf_counter() - start, usage.ru_maxrss / 1e6
 
 
 def timed(action: object) -> float:

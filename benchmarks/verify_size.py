@@ -8,11 +8,10 @@ Prints the table of ``mgpt4 verify``, and the time and peak resident memory of b
 from __future__ import annotations
 
 import argparse
-import resource
 import tempfile
 from pathlib import Path
 
-from convert_size import mgpt4, timed
+from convert_size import mgpt4
 
 from mgpt4_jax.config import VitConfig, eva_vit_g
 
@@ -26,9 +25,8 @@ def main() -> None:
         write_checkpoint(eva_vit_g(), source)
         print(f"source: {source.stat().st_size / 1e9:.2f} GB", flush=True)
         for name, command in {"convert": ("--vit", source, "--out", model), "verify": (model, "--vit", source)}.items():
-            seconds = timed(lambda name=name, command=command: mgpt4(name, *command))
-            peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
-            print(f"{name}: {seconds:.1f} s, peak resident {peak:.2f} GB (of all commands so far)", flush=True)
+            seconds, peak = mgpt4(name, *command)
+            print(f"{name}: {seconds:.1f} s, peak resident {peak:.2f} GB", flush=True)
 
 
 def write_checkpoint(config: VitConfig, out: Path) -> None:
