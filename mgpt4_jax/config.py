@@ -41,6 +41,10 @@ def _problem(value: Any, hint: Any, most: int) -> str | None:
     return None
 
 
+IGNORED = -100
+"""Target of a position that takes no part in a loss (PyTorch's ``ignore_index``)."""
+
+
 @dataclass(frozen=True)
 class VitConfig:
     """EVA-CLIP vision transformer, without the final norm (LAVIS ``eva_vit.py``)."""

@@ -5,10 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from mgpt4_jax.config import IGNORED
 from mgpt4_jax.typing import Array, Bool, Float, Int
-
-IGNORED = -100
-"""Target of a position that takes no part in the loss (PyTorch's ``ignore_index``)."""
 
 
 def token_losses(

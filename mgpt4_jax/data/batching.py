@@ -12,12 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mgpt4_jax.config import IGNORED
 from mgpt4_jax.data.prompts import IMAGE, Prompt, Template, build_prompt
 from mgpt4_jax.data.text import Tokenizer
 from mgpt4_jax.errors import UserError
-
-IGNORE = -100
-"""Target of a position that is not predicted."""
 
 MAX_CONTEXT_LENGTH = 3800
 
@@ -29,7 +27,7 @@ class TrainingSequence:
     ids: np.ndarray  # int32 [t]
     slots: np.ndarray  # int32 [t]; -1 for text
     mask: np.ndarray  # bool [t]; False where nothing may attend
-    targets: np.ndarray  # int32 [t]; IGNORE where nothing is predicted
+    targets: np.ndarray  # int32 [t]; IGNORED where nothing is predicted
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -68,7 +66,7 @@ def training_sequence(
     if ids is None:
         raise UserError(f"a caption must be text, got {type(answer).__name__}: {str(answer)[:60]!r}")
     tokens = np.array(ids, np.int32)
-    targets = np.where(tokens == tokenizer.pad_id, IGNORE, tokens)
+    targets = np.where(tokens == tokenizer.pad_id, IGNORED, tokens)
     head = _condition(tokenizer, condition, num_images, tokens_per_image, max_context_length)
     return _join(tokenizer, head, tokens, np.ones(len(tokens), bool), targets)
 
@@ -100,7 +98,7 @@ def conversation_sequence(
         if turn:
             asked = tokenizer.encode(tokenizer.bos_token + wrapped[turn])
             ids += asked
-            targets += [IGNORE] * len(asked)
+            targets += [IGNORED] * len(asked)
         said = tokenizer.encode(answer + end_symbol)
         ids += said
         targets += said
@@ -161,14 +159,14 @@ def _condition(
 def _join(
     tokenizer: Tokenizer, head: Prompt, tokens: np.ndarray, mask: np.ndarray, targets: np.ndarray
 ) -> TrainingSequence:
-    if not np.any(targets != IGNORE):
+    if not np.any(targets != IGNORED):
         raise UserError("a sample has nothing to predict: its answer is empty, or max_text_length is 0")
     before = 1 + len(head)
     return TrainingSequence(
         ids=np.concatenate([[tokenizer.bos_id], head.ids, tokens]).astype(np.int32),
         slots=np.concatenate([[-1], head.slots, np.full(len(tokens), -1)]).astype(np.int32),
         mask=np.concatenate([np.ones(before, bool), mask]),
-        targets=np.concatenate([np.full(before, IGNORE), targets]).astype(np.int32),
+        targets=np.concatenate([np.full(before, IGNORED), targets]).astype(np.int32),
     )
 
 
@@ -186,5 +184,5 @@ def _empty_batch(
         ids=np.full(shape, pad_id, np.int32),
         slots=np.full(shape, -1, np.int32),
         mask=np.zeros(shape, bool),
-        targets=np.full(shape, IGNORE, np.int32),
+        targets=np.full(shape, IGNORED, np.int32),
     )

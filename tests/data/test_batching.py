@@ -11,7 +11,7 @@ import pytest
 
 from mgpt4_jax.convert.readers import open_source
 from mgpt4_jax.data.batching import (
-    IGNORE,
+    IGNORED,
     bucket_for,
     conversation_sequence,
     pad_prompts,
@@ -166,7 +166,7 @@ def test_layout_of_one_sample(tokenizer):
     answer = tokenizer.encode("a dog\n")
     assert row.ids.tolist() == [tokenizer.bos_id, *[tokenizer.pad_id] * 3, *answer]
     assert row.slots.tolist() == [-1, 0, 1, 2, *[-1] * len(answer)]
-    assert row.targets.tolist() == [IGNORE] * 4 + answer
+    assert row.targets.tolist() == [IGNORED] * 4 + answer
     assert row.mask.all()
     assert {field.dtype for field in (row.ids, row.slots, row.targets)} == {np.dtype(np.int32)}
 
@@ -178,7 +178,7 @@ def test_several_pictures(tokenizer):
 
 def test_long_answers_lose_their_end_symbol(tokenizer):
     row = sample(tokenizer, answer="a dog and a cat", end_symbol="</s>", max_text_length=2)
-    assert row.targets[row.targets != IGNORE].tolist() == tokenizer.encode("a dog and a cat")[:2]
+    assert row.targets[row.targets != IGNORED].tolist() == tokenizer.encode("a dog and a cat")[:2]
 
 
 def test_long_conditions_lose_their_end(tokenizer):
@@ -200,7 +200,7 @@ def test_a_written_pad_token_is_not_predicted(golden_dir, tmp_path):
     row = sample(tokenizer, answer="a [PAD] dog")
     here = np.flatnonzero((row.ids == pad) & (row.slots < 0))
     assert len(here) == 1
-    assert (row.targets[here] == IGNORE).all()
+    assert (row.targets[here] == IGNORED).all()
     assert row.mask[here].all()
     fields = {"template": MINIGPT_V2, "end_symbol": "\n", "max_text_length": 32, "tokens_per_image": 3}
     talk = conversation_sequence(tokenizer, ["<ImageHere>"], ["a [PAD] dog"], **fields)
@@ -242,7 +242,7 @@ def test_batches_have_one_shape(tokenizer):
     assert batch.ids[0, : len(rows[0])].tolist() == rows[0].ids.tolist()
     assert (batch.ids[0, len(rows[0]) :] == tokenizer.pad_id).all()
     assert not batch.mask[2].any()
-    assert (batch.targets[2] == IGNORE).all()
+    assert (batch.targets[2] == IGNORED).all()
     assert (batch.slots[2] == -1).all()
 
 
