@@ -19,11 +19,16 @@ MAX_SIZE = 2**31 - 1
 MAX_LAYERS = 1000
 
 
-def _check_fields(config: Any) -> None:
-    """Types and ranges, however a configuration is made: files of others say what they like."""
+def check_fields(config: Any, *, allow_zero: tuple[str, ...] = ()) -> None:
+    """Types and ranges, however a configuration is made: files of others say what they like.
+
+    Whole numbers count from 1, but for the fields in ``allow_zero``.
+    """
     part = type(config).__name__.removesuffix("Config").lower()
     for name, hint in typing.get_type_hints(type(config)).items():
         value, most = getattr(config, name), MAX_LAYERS if name == "num_layers" else MAX_SIZE
+        if name in allow_zero and type(value) is int and value == 0:
+            continue
         if problem := _problem(value, hint, most):
             raise UserError(f"{part}.{name} must be {problem}, got {repr(value)[:60]}")
 
@@ -59,7 +64,7 @@ class VitConfig:
     output_norm_eps: float = 1e-5  # `ln_vision`, applied after the tower; 1e-6 in Hugging Face files
     remat: bool = False
 
-    __post_init__ = _check_fields
+    __post_init__ = check_fields
 
     @property
     def grid_size(self) -> int:
@@ -94,7 +99,7 @@ class QformerConfig:
     dropout: float = 0.1
     remat: bool = False
 
-    __post_init__ = _check_fields
+    __post_init__ = check_fields
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,29 @@ class RopeScaling:
     high_freq_factor: float = 4.0
     original_max_positions: int = 8192
 
-    __post_init__ = _check_fields
+    __post_init__ = check_fields
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters on matrices of the language model: ``W + alpha / rank * B A`` (Hu et al. 2021).
+
+    Args:
+      targets: names of matrices of a layer: query, key, value, out, gate, up, down.
+    """
+
+    rank: int = 64
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ("query", "value")
+    dropout: float = 0.05
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        known = ("query", "key", "value", "out", "gate", "up", "down")
+        if unknown := [name for name in self.targets if name not in known]:
+            raise UserError(f"lora.targets: unknown matrix {unknown[0]!r}; known: {', '.join(known)}")
+        if not self.targets or self.dropout >= 1:
+            raise UserError("lora needs at least one target, and a dropout below 1")
 
 
 @dataclass(frozen=True)
@@ -127,8 +154,9 @@ class LlamaConfig:
     rope_scaling: RopeScaling | None = None
     tie_embeddings: bool = False
     remat: bool = False
+    lora: LoraConfig | None = None
 
-    __post_init__ = _check_fields
+    __post_init__ = check_fields
 
 
 Architecture = Literal["minigpt4", "instructblip", "blip2", "encoder", "llama"]
@@ -153,7 +181,7 @@ class ModelConfig:
     patches_per_token: int = 4
     projection_size: int = 256  # width of the contrastive space of `blip2`
 
-    __post_init__ = _check_fields
+    __post_init__ = check_fields
 
     @property
     def tokens_per_image(self) -> int:
@@ -275,6 +303,7 @@ def _build(kind: Any, values: Any, path: str) -> Any:
     built: dict[str, Any] = {}
     for key, value in values.items():
         nested = _dataclass_in(hints[key])
+        value = tuple(value) if isinstance(value, list) else value  # JSON and YAML know no tuples
         built[key] = _build(nested, value, f"{path}.{key}") if nested and value is not None else value
     return kind(**built)
 
