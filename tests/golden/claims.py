@@ -57,6 +57,9 @@ EVALUATION_TRANSFORM = ("eval_*",)
 RESIZED = ("resized_u8_*",)
 TRAINING_TRANSFORM = ("train_[0-9]*",)
 CAPTIONS = ("captions.*",)
+SCHEDULES = ("*_lr",)
+TRAJECTORY = ("loss_*", "step*_llama_proj.*", "step*_grad_llama_proj.*", "config.decay", "config.no_decay")
+SAVED = ("config.saved_checkpoint_model_keys",)
 
 CHECKED = {
     "eva": EVA,
@@ -65,12 +68,16 @@ CHECKED = {
     "blip2_retrieval": RETRIEVAL,
     "minigpt4": (*SPECIAL_IDS, *TRAINING, *SEGMENTS, *CONTEXTS, *GREEDY, *STOP_TEST, *CHAT),
     "minigptv2": (*SPECIAL_IDS, *TRAINING),
+    "lr_schedule": SCHEDULES,
+    "adamw_minigpt4": (*TRAJECTORY, *SAVED),
     "preprocess": (*EVALUATION_TRANSFORM, *RESIZED, *TRAINING_TRANSFORM, *CAPTIONS),
 }
 # What the original drew at random or was told: tests start from it.
 GIVEN = {
     "blip2_stage1": ("neg_*_idx", "ret_neg_*_idx", "ret_image_id", "itm_labels"),
     "preprocess": ("train_box_*", "train_flip_*"),
+    "lr_schedule": ("*_epoch_step",),
+    "adamw_minigpt4": ("lr_*",),
 }
 
 

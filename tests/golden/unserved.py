@@ -20,8 +20,6 @@ NOT_RECORDED = "nothing: the answers that were ranked are not recorded"
 
 UNSERVED = {
     "adamw_stage1": {"*": OPTIMISER},
-    "adamw_minigpt4": {"*": OPTIMISER},
-    "lr_schedule": {"*": OPTIMISER},
     "blip2_opt": {"*": OPT},
     "blip2_t5": {"*": T5},
     "minigptv2_lora": {"*": LORA},
