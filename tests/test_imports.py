@@ -20,7 +20,7 @@ TOWERS = {"models.vit", "models.qformer", "models.llama"}
 MODELS = {"models.encoder", "models.blip2", "models.minigpt4"}
 ANY_MODEL = {"models", "models.masks", "models.layers"} | TOWERS | MODELS
 STORES = BASE | ANY_MODEL | {"progress", "sharding", "checkpoint", "data"}
-LIBRARY = STORES | {"losses", "optim"}
+LIBRARY = STORES | {"losses", "optim", "fingerprint"}
 USES = {"train", "generate", "evaluate", "search", "serve", "curate"}
 # A room may import itself and these. The longest name that fits a module is its room.
 MAY_IMPORT: dict[str, set[str]] = {
@@ -37,6 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "optim": BASE,
     "sharding": BASE | ANY_MODEL,
     "checkpoint": BASE | ANY_MODEL | {"sharding"},
+    "fingerprint": BASE | ANY_MODEL | {"sharding", "checkpoint"},
     "data": {"errors", "config"},
     "train": LIBRARY,
     "generate": STORES,
