@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import jax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 Params: TypeAlias = Mapping[str, Any]
 """A plain nested dict of arrays, e.g. ``params["llama"]["norm"]["scale"]``."""
@@ -29,4 +29,4 @@ DType: TypeAlias = Any
 
 PRNGKey: TypeAlias = jax.Array
 
-__all__ = ["Array", "Bool", "DType", "Float", "Int", "PRNGKey", "Params"]
+__all__ = ["Array", "Bool", "DType", "Float", "Int", "PRNGKey", "Params", "UInt8"]
