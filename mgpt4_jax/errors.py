@@ -8,3 +8,7 @@ class UserError(Exception):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+
+class TrainingStopped(UserError):
+    """Training cannot go on: a loss that is no number or out of proportion, or too many bad samples."""

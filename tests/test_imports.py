@@ -20,7 +20,7 @@ TOWERS = {"models.vit", "models.qformer", "models.llama"}
 MODELS = {"models.encoder", "models.blip2", "models.minigpt4"}
 ANY_MODEL = {"models", "models.masks", "models.layers"} | TOWERS | MODELS
 STORES = BASE | ANY_MODEL | {"progress", "sharding", "checkpoint", "data"}
-LIBRARY = STORES | {"losses", "optim", "fingerprint"}
+LIBRARY = STORES | {"losses", "optim", "fingerprint", "train_config"}
 USES = {"train", "generate", "evaluate", "search", "serve", "curate"}
 # A room may import itself and these. The longest name that fits a module is its room.
 MAY_IMPORT: dict[str, set[str]] = {
@@ -28,17 +28,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "typing": set(),
     "config": {"errors"},
     "progress": {"errors"},
+    "train_config": {"errors", "config"},
     "models.masks": BASE,
     "models.layers": BASE | {"models.masks"},
     **dict.fromkeys(TOWERS, PIECES),
     **dict.fromkeys(MODELS, PIECES | TOWERS | {"models.encoder"}),
     "models": BASE | ANY_MODEL,
     "losses": BASE,
-    "optim": BASE,
+    "optim": BASE | {"train_config"},
     "sharding": BASE | ANY_MODEL,
     "checkpoint": BASE | ANY_MODEL | {"sharding"},
     "fingerprint": BASE | ANY_MODEL | {"sharding", "checkpoint"},
-    "data": {"errors", "config"},
+    "data": {"errors", "config", "train_config"},
     "train": LIBRARY,
     "generate": STORES,
     **dict.fromkeys(USES - {"train", "generate"}, STORES | {"generate"}),
