@@ -19,7 +19,7 @@ PIECES = BASE | {"models.masks", "models.layers"}
 TOWERS = {"models.vit", "models.qformer", "models.llama"}
 MODELS = {"models.encoder", "models.blip2", "models.minigpt4"}
 ANY_MODEL = {"models", "models.masks", "models.layers"} | TOWERS | MODELS
-STORES = BASE | ANY_MODEL | {"progress", "sharding", "checkpoint", "data"}
+STORES = BASE | ANY_MODEL | {"progress", "memory", "sharding", "checkpoint", "data"}
 LIBRARY = STORES | {"losses", "optim", "fingerprint", "train_config"}
 USES = {"train", "generate", "evaluate", "search", "serve", "curate"}
 # A room may import itself and these. The longest name that fits a module is its room.
@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "typing": set(),
     "config": {"errors"},
     "progress": {"errors"},
+    "memory": set(),
     "train_config": {"errors", "config"},
     "models.masks": BASE,
     "models.layers": BASE | {"models.masks"},

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mgpt4_jax.checkpoint import flatten
 from mgpt4_jax.config import ModelConfig
+from mgpt4_jax.memory import free_memory, readable
 from mgpt4_jax.models import abstract_params
 from mgpt4_jax.typing import DType
 
@@ -39,12 +38,12 @@ class MemoryPlan:
         return self.free is None or self.total <= self.free
 
     def __str__(self) -> str:
-        free = "" if self.free is None else f" of {_gigabytes(self.free)} free"
+        free = "" if self.free is None else f" of {readable(self.free)} free"
         return (
-            f"memory per device ({self.dtype}): language model {_gigabytes(self.language_model)}, "
-            f"picture side {_gigabytes(self.picture_side)}, cache up to {_gigabytes(self.cache)} "
+            f"memory per device ({self.dtype}): language model {readable(self.language_model)}, "
+            f"picture side {readable(self.picture_side)}, cache up to {readable(self.cache)} "
             f"({self.slots} x {self.max_length} tokens), "
-            f"work {_gigabytes(WORK_BYTES)}, in all {_gigabytes(self.total)}{free}"
+            f"work {readable(WORK_BYTES)}, in all {readable(self.total)}{free}"
         )
 
 
@@ -73,21 +72,3 @@ def _sizes(config: ModelConfig) -> tuple[int, int]:
     leaves = flatten(abstract_params(config))
     language = sum(leaf.size for path, leaf in leaves.items() if path.startswith("llama/"))
     return language, sum(leaf.size for leaf in leaves.values()) - language
-
-
-def free_memory(device: jax.Device, sharing: int = 1) -> int | None:
-    """Bytes that can still be taken; simulated CPU devices share the machine's."""
-    if device.platform == "cpu":
-        info = Path("/proc/meminfo")
-        if not info.exists():
-            return None
-        fields = dict(line.split(":") for line in info.read_text().splitlines())
-        return int(fields["MemAvailable"].split()[0]) * 1024 // sharing
-    stats = device.memory_stats() or {}
-    if "bytes_limit" not in stats:
-        return None
-    return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-
-
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 5e7 else f"{size / 1e6:.1f} MB"
