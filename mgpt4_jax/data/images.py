@@ -102,16 +102,22 @@ def eval_transform(image: Image.Image, size: int) -> np.ndarray:
 def crop_transform(image: Image.Image, size: int, box: CropBox | tuple[int, int, int, int], flip: bool) -> np.ndarray:
     """LAVIS's training transform with its random choices given: crop, resize, mirror, normalise.
 
-    Args:
-      box: (top, left, height, width) in pixels, as ``random_crop_box`` draws it.
-      flip: mirror left and right.
-
     Returns:
       float32 ``[size size 3]``.
     """
+    return normalise(crop_resize(image, size, box, flip))
+
+
+def crop_resize(image: Image.Image, size: int, box: CropBox | tuple[int, int, int, int], flip: bool) -> np.ndarray:
+    """What ``crop_transform`` normalises: uint8 ``[size size 3]``.
+
+    Args:
+      box: (top, left, height, width) in pixels, as ``random_crop_box`` draws it.
+      flip: mirror left and right.
+    """
     top, left, height, width = (int(value) for value in box)
     pixels = resize(image.crop((left, top, left + width, top + height)), size)
-    return normalise(pixels[:, ::-1] if flip else pixels)
+    return pixels[:, ::-1] if flip else pixels
 
 
 def resize(image: Image.Image, size: int) -> np.ndarray:
