@@ -15,12 +15,12 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = {"mgpt4_jax": ROOT / "mgpt4_jax", "mgpt4_jax.convert": ROOT / "convert"}
 
 BASE = {"errors", "typing", "config"}
-PIECES = BASE | {"models.masks", "models.layers"}
+PIECES = BASE | {"models.masks", "models.layers", "models.lora"}
 TOWERS = {"models.vit", "models.qformer", "models.llama"}
 MODELS = {"models.encoder", "models.blip2", "models.minigpt4"}
-ANY_MODEL = {"models", "models.masks", "models.layers"} | TOWERS | MODELS
+ANY_MODEL = {"models", "models.masks", "models.layers", "models.lora"} | TOWERS | MODELS
 STORES = BASE | ANY_MODEL | {"progress", "memory", "sharding", "checkpoint", "data"}
-LIBRARY = STORES | {"losses", "optim", "fingerprint", "train_config"}
+LIBRARY = STORES | {"losses", "optim", "fingerprint", "train_config", "distributed"}
 USES = {"train", "generate", "evaluate", "search", "serve", "curate"}
 # A room may import itself and these. The longest name that fits a module is its room.
 MAY_IMPORT: dict[str, set[str]] = {
@@ -28,10 +28,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "typing": set(),
     "config": {"errors"},
     "progress": {"errors"},
+    "distributed": {"errors"},
     "memory": set(),
     "train_config": {"errors", "config"},
     "models.masks": BASE,
     "models.layers": BASE | {"models.masks"},
+    "models.lora": BASE | {"models.masks", "models.layers"},
     **dict.fromkeys(TOWERS, PIECES),
     **dict.fromkeys(MODELS, PIECES | TOWERS | {"models.encoder"}),
     "models": BASE | ANY_MODEL,
