@@ -138,13 +138,11 @@ class CheckpointConfig:
       every: steps between two saves.
       keep_last: how many of the newest stay.
       keep_best: how many of the lowest validation loss stay besides.
-      grace_seconds: how long a SIGTERM may wait for the save.
     """
 
     every: int = 1000
     keep_last: int = 3
     keep_best: int = 1
-    grace_seconds: int = 300
 
     def __post_init__(self) -> None:
         check_fields(self, allow_zero=("keep_best",))

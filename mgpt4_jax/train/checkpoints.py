@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from mgpt4_jax.distributed import barrier, is_main
 from mgpt4_jax.errors import UserError
 from mgpt4_jax.fingerprint import fingerprint
 from mgpt4_jax.train.state import KEY_IMPL, TrainState
@@ -48,6 +50,7 @@ class Checkpoints:
             enable_async_checkpointing=True,
         )
         self.directory = directory
+        self.last_saved: int | None = None
         self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
 
     def steps(self) -> list[int]:
@@ -68,6 +71,7 @@ class Checkpoints:
             self._manager.save(step, args=items, metrics=metrics, force=True)
         except Exception as error:  # Orbax and TensorStore raise plain Exceptions too
             raise self._failed(error) from error
+        self.last_saved = step
 
     def wait(self) -> None:
         """Until what was saved lies on the disk; ``UserError`` if it could not be written."""
@@ -99,6 +103,18 @@ class Checkpoints:
         if altered := [path for path in saved if found.get(path) != saved[path]]:
             raise self._damaged(step, ValueError(f"{altered[0]} is not what was saved"))
         return TrainState(**{**tree, "key": jax.random.wrap_key_data(tree["key"], impl=KEY_IMPL)})
+
+    def set_aside_after(self, step: int) -> list[int]:
+        """Move newer checkpoints to ``RUN/replaced``: the run goes on from an older one, and writes them anew."""
+        newer = [other for other in self.steps() if other > step]
+        if newer and is_main():
+            aside = Path(tempfile.mkdtemp(prefix="replaced-", dir=self.directory.parent))
+            for other in newer:
+                (self.directory / str(other)).rename(aside / str(other))
+        barrier("replaced")
+        self._manager.reload()
+        self.last_saved = step
+        return newer
 
     def close(self) -> None:
         self.wait()

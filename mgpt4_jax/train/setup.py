@@ -1,0 +1,243 @@
+"""Everything that a run needs before its first step: mesh, data, parameters on their devices, compiled programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from mgpt4_jax.checkpoint import ModelManifest, flatten, load_params, nest, read_manifest
+from mgpt4_jax.config import ModelConfig
+from mgpt4_jax.data.loading import Loader, TrainBatch
+from mgpt4_jax.data.prompts import get_template
+from mgpt4_jax.data.rows import RowBuilder, buckets_of
+from mgpt4_jax.data.sources import Source, open_source
+from mgpt4_jax.errors import UserError
+from mgpt4_jax.memory import bytes_per_device, free_memory, readable
+from mgpt4_jax.models import abstract_params, init_adapters
+from mgpt4_jax.optim import make_optimizer
+from mgpt4_jax.progress import progress
+from mgpt4_jax.sharding import batch_sharding, param_shardings, process_rows
+from mgpt4_jax.train.flops import count_flops
+from mgpt4_jax.train.objectives import caption_objective, training_model
+from mgpt4_jax.train.state import TrainState, make_state, split, state_shardings, trainable_paths
+from mgpt4_jax.train.step import make_evaluation, make_train_step
+from mgpt4_jax.train_config import TrainConfig
+from mgpt4_jax.typing import Params
+
+FIELDS = ("ids", "slots", "targets", "mask", "pixels")
+"""Arrays of a batch that go to the devices."""
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Sources are open; ``rows`` makes sequences of their samples."""
+
+    loader: Loader
+    rows: RowBuilder
+    validation: tuple[Source, ...]
+    buckets: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be trained, and how it lies on the devices: nothing is loaded yet."""
+
+    config: TrainConfig
+    manifest: ModelManifest
+    model: ModelConfig  # with the adapters of this run
+    mesh: Mesh
+    dtype: Any
+    trained: frozenset[str]
+    optimizer: optax.GradientTransformation
+    abstract: TrainState  # shapes and shardings of the state
+    shardings: Mapping[str, Any]  # path -> sharding, of every parameter
+
+    @property
+    def state_shardings(self) -> TrainState:
+        return jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
+
+
+def make_plan(config: TrainConfig, mesh: Mesh) -> Plan:
+    """Refuses what does not fit together, before anything large is read."""
+    manifest = read_manifest(config.model)
+    if manifest.config.architecture != "minigpt4":
+        raise UserError(
+            f"{config.model}: objective {config.objective!r} trains a minigpt4 model, not {manifest.config.architecture}"
+        )
+    llama = manifest.config.llama
+    if config.lora and llama.lora not in (None, config.lora):
+        raise UserError(f"{config.model}: has adapters already ({llama.lora}); leave `lora` out to train those")
+    adapters = config.lora or llama.lora
+    model = dataclasses.replace(manifest.config, llama=dataclasses.replace(llama, lora=adapters))
+    paths = flatten(abstract_params(model))
+    trained = trainable_paths(paths, config.trainable)
+    shardings = param_shardings(model, mesh)
+    optimizer = make_optimizer(config.optim)
+    trainable, _ = split(abstract_params(model), trained)
+    shapes = jax.eval_shape(lambda leaves: _make_state(config, leaves, optimizer), trainable)
+    placed = state_shardings(split(shardings, trained)[0], optimizer, shapes, mesh)
+    abstract = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, placed
+    )
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    dtype = ("float32" if on_cpu else "bfloat16") if config.dtype == "auto" else config.dtype
+    return Plan(
+        config, manifest, model, mesh, jnp.dtype(dtype), frozenset(trained), optimizer, abstract, flatten(shardings)
+    )
+
+
+def _make_state(config: TrainConfig, trainable: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    return make_state(trainable, optimizer, seed=config.seed, with_average=config.optim.ema_decay > 0)
+
+
+def weight_table(plan: Plan) -> str:
+    """A line for each part of the model: parameters, and bytes on one device."""
+    leaves = flatten(abstract_params(plan.model))
+    rows: dict[tuple[str, bool], list[int]] = {}
+    for path, leaf in leaves.items():
+        is_trained = path in plan.trained
+        dtype = jnp.float32 if is_trained else plan.dtype
+        row = rows.setdefault((path.split("/")[0], is_trained), [0, 0])
+        row[0] += leaf.size
+        row[1] += bytes_per_device(leaf.shape, dtype, plan.shardings[path])
+    moments = sum(
+        bytes_per_device(leaf.shape, leaf.dtype, leaf.sharding)
+        for leaf in jax.tree.leaves((plan.abstract.optimizer, plan.abstract.average))
+    )
+    mesh = ", ".join(f"{axis}={size}" for axis, size in plan.mesh.shape.items())
+    lines = [f"parameters, and what they take on each of {plan.mesh.size} devices ({mesh}):"]
+    for (part, is_trained), (count, size) in rows.items():
+        kind = "trained, float32" if is_trained else f"frozen, {plan.dtype.name}"
+        lines.append(f"  {part:<12} {count:>15,}  {readable(size):>9}  {kind}")
+    return "\n".join([*lines, f"  {'optimiser':<12} {'':>15}  {readable(moments):>9}  moments of what is trained"])
+
+
+def open_data(plan: Plan, say: Say) -> Data:
+    config = plan.config
+    with progress("indexing data") as report:
+        train = [open_source(source, report) for source in config.data.train]
+        validation = tuple(open_source(source, report) for source in config.data.validation)
+    for source in (*train, *validation):
+        say(f"{source.name}: {len(source):,} samples")
+    template = get_template(config.text.template or plan.manifest.template)
+    rows = RowBuilder(
+        Path(config.model) / "tokenizer",
+        config.text,
+        template,
+        plan.model.tokens_per_image,
+        config.objective,
+        config.data.clean_captions,
+    )
+    loader = Loader(
+        train,
+        rows,
+        config.data,
+        batch_size=config.batch_size,
+        image_size=plan.model.vit.image_size,
+        seed=config.seed,
+        rows_of_process=process_rows(plan.mesh, config.batch_size),
+    )
+    return Data(loader, rows, validation, buckets_of(config.text))
+
+
+def load_state(plan: Plan) -> tuple[TrainState, Params]:
+    """(the state before the first step, frozen parameters), read part by part onto their devices."""
+    adapters = {path for path in plan.trained if path not in plan.manifest.dtypes}
+    params = load_params(plan.config.model, lambda path: jnp.float32 if path in plan.trained else plan.dtype, plan.mesh)
+    leaves = flatten(params) | _new_adapters(plan, adapters)
+    trainable, frozen = split(nest(leaves), set(plan.trained))
+    make = jax.jit(lambda leaves: _make_state(plan.config, leaves, plan.optimizer), out_shardings=plan.state_shardings)
+    return make(trainable), frozen
+
+
+def _new_adapters(plan: Plan, paths: set[str]) -> dict[str, jax.Array]:
+    """The adapters that the model does not have yet, as their module begins them."""
+    if not paths:
+        return {}
+    places = nest({path: plan.shardings[path] for path in paths})
+    draw = jax.jit(functools.partial(init_adapters, plan.model), out_shardings=places)
+    return flatten(draw(jax.random.key(plan.config.seed)))
+
+
+class Programs:
+    """The compiled programs of a run: one train step and one evaluation for each length of rows."""
+
+    def __init__(self, plan: Plan, frozen: Params, say: Say):
+        config = plan.config
+        module = training_model(config, plan.model, plan.trained, plan.dtype)
+        objective = caption_objective(module)
+        self.module, self._plan, self._say = module, plan, say
+        self._frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), frozen)
+        self._step = make_train_step(
+            objective,
+            plan.optimizer,
+            plan.state_shardings,
+            accumulation=config.accumulation,
+            ema_decay=config.optim.ema_decay,
+        )
+        self._evaluate = make_evaluation(objective)
+        self._steps: dict[int, Any] = {}
+        self._evaluations: dict[int, Any] = {}
+        self.flops: dict[int, float] = {}
+
+    def step(self, length: int) -> Any:
+        """The compiled step for rows of ``length`` positions; the first asked for is checked against the memory."""
+        if length not in self._steps:
+            start = time.monotonic()
+            arguments = (self._plan.abstract, self._frozen, self.abstract_batch(length), self._rate())
+            self.flops[length] = count_flops(self._step, *arguments)
+            compiled = self._step.lower(*arguments).compile()
+            self._check_memory(compiled, length, time.monotonic() - start)
+            self._steps[length] = compiled
+        return self._steps[length]
+
+    def evaluation(self, length: int) -> Any:
+        if length not in self._evaluations:
+            arguments = (self._plan.abstract.trainable, self._frozen, self.abstract_batch(length))
+            self._evaluations[length] = self._evaluate.lower(*arguments).compile()
+        return self._evaluations[length]
+
+    def abstract_batch(self, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+        b, size = self._plan.config.batch_size, self._plan.model.vit.image_size
+        place = batch_sharding(self._plan.mesh)
+        text = dict.fromkeys(("ids", "slots", "targets"), jnp.int32) | {"mask": jnp.bool_}
+        arrays = {name: jax.ShapeDtypeStruct((b, length), dtype, sharding=place) for name, dtype in text.items()}
+        return arrays | {"pixels": jax.ShapeDtypeStruct((b, 1, size, size, 3), jnp.uint8, sharding=place)}
+
+    def _rate(self) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((), jnp.float32)
+
+    def _check_memory(self, compiled: Any, length: int, seconds: float) -> None:
+        """Say what the step takes, and refuse it if that is more than the device has left."""
+        memory = compiled.memory_analysis()
+        work = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        device = self._plan.mesh.local_devices[0]
+        free = free_memory(device, jax.local_device_count() if device.platform == "cpu" else 1)
+        room = "" if free is None else f" of {readable(free)} free"
+        held = readable(memory.argument_size_in_bytes)
+        text = (
+            f"the step for rows of {length} takes {readable(work)}{room} on each device, beside {held} that it is given"
+        )
+        self._say(f"{text} (compiled in {seconds:.0f} s, {self.flops[length] / 1e12:.3g} TFLOP)")
+        if free is not None and work > free:
+            raise UserError(
+                f"{text}: it does not fit; raise accumulation (now {self._plan.config.accumulation}), set remat: true, "
+                "lower batch_size, or cut the model over more devices with --mesh fsdp=N"
+            )
+
+
+def device_arrays(batch: TrainBatch) -> dict[str, np.ndarray]:
+    return {name: getattr(batch, name) for name in FIELDS}
