@@ -130,6 +130,7 @@ class Loader:
         data = self._data
         return Prefetcher(
             maker,
+            TrainBatch,
             start=start,
             stop=stop,
             num_workers=data.num_workers,

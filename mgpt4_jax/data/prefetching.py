@@ -7,11 +7,14 @@ not with its signals, and a worker that died or cannot work says so in one line.
 from __future__ import annotations
 
 import dataclasses
+import gc
+import json
 import os
 import shutil
 import signal
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from multiprocessing import parent_process
 from pathlib import Path
@@ -25,22 +28,14 @@ from absl import flags
 from mgpt4_jax.errors import UserError
 
 SHARED_MEMORY = Path("/dev/shm")
-_EMPTY = np.zeros(0, np.uint8)
+_PLAIN = "plain values"
 
-
-class PixelBatch(Protocol):
-    """A frozen dataclass with one large array."""
-
-    @property
-    def pixels(self) -> np.ndarray: ...
-
-
-T = TypeVar("T", bound=PixelBatch)
-T_co = TypeVar("T_co", bound=PixelBatch, covariant=True)
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 
 class Maker(Protocol[T_co]):
-    """Makes the batch of a step; picklable, and safe in threads."""
+    """Makes the batch of a step; picklable, and safe in threads. A batch is a dataclass of arrays and plain values."""
 
     def __getitem__(self, step: int) -> T_co: ...
 
@@ -49,6 +44,7 @@ class Prefetcher(Generic[T]):
     """An iterator over ``maker[start]``, ``maker[start + 1]``, ... up to ``stop``, to be closed after use.
 
     Args:
+      kind: the class of a batch.
       num_workers: processes; 0: threads of this one.
       num_threads: threads, in each process.
       ready: batches that wait.
@@ -58,6 +54,7 @@ class Prefetcher(Generic[T]):
     def __init__(
         self,
         maker: Maker[T],
+        kind: type[T],
         *,
         start: int,
         stop: int | None,
@@ -66,7 +63,7 @@ class Prefetcher(Generic[T]):
         ready: int,
         bytes_per_batch: int,
     ) -> None:
-        self._num_workers = num_workers
+        self._kind, self._num_workers = kind, num_workers
         steps = grain.MapDataset.source(_Steps(maker, start, sys.maxsize if stop is None else stop))
         # Each thread makes a whole batch, so fewer slots than threads would leave some of them idle.
         slots = num_threads if num_workers else max(ready, num_threads)
@@ -74,29 +71,31 @@ class Prefetcher(Generic[T]):
         if num_workers:
             if not flags.FLAGS.is_parsed():  # Grain reads one, and only an absl program parses them
                 flags.FLAGS.mark_as_parsed()
-            per_worker = -(-ready // num_workers)
-            _check_shared_memory(bytes_per_batch * ((per_worker + 1) * num_workers + 1))
+            # Grain lets that many wait on either side of the pipe, and holds one more on both.
+            per_worker = -(-ready // (2 * num_workers))
+            _check_shared_memory(bytes_per_batch * ((2 * per_worker + 2) * num_workers + 1))
             options = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=per_worker)
             batches = batches.mp_prefetch(options, worker_init_fn=_prepare_worker)
-        self._batches = iter(batches)
+        self._batches: Iterator[dict[str, np.ndarray]] = iter(batches)
+        self._end = weakref.finalize(self, _end, self._batches)  # also when the program ends before it is closed
 
     def __iter__(self) -> Iterator[T]:
         return self
 
     def __next__(self) -> T:
         try:
-            pixels, batch = next(self._batches)
+            return _unpack(next(self._batches), self._kind)
         except RuntimeError as error:
             if self._num_workers and "terminated unexpectedly" in str(error):
                 raise UserError(_DEAD_WORKER) from error
             raise
-        # What came through shared memory is freed with its last view, which a device may outlive.
-        own = np.array(pixels) if type(pixels) is not np.ndarray else pixels
-        return dataclasses.replace(batch, pixels=own)
 
     def close(self) -> None:
-        """End the threads and workers; doing it twice does no harm."""
-        self._batches.close()
+        """End the threads and workers; doing it twice does no harm. There are no batches any more."""
+        self._end()
+        self._batches = iter(())
+        if self._num_workers:
+            gc.collect()  # Grain's iterators and last errors form circles that hold shared memory
 
     def __enter__(self) -> Prefetcher[T]:
         return self
@@ -107,21 +106,42 @@ class Prefetcher(Generic[T]):
         self.close()
 
 
-class _Steps(Generic[T]):
-    """The batches as Grain's random access source. The pixels come beside the rest: arrays travel fast, objects not."""
+class _Steps:
+    """The packed batches as Grain's random access source."""
 
-    def __init__(self, maker: Maker[T], start: int, stop: int) -> None:
+    def __init__(self, maker: Maker[Any], start: int, stop: int) -> None:
         self._maker, self._start, self._stop = maker, start, stop
 
     def __len__(self) -> int:
         return max(self._stop - self._start, 0)
 
-    def __getitem__(self, number: int) -> tuple[np.ndarray, Any]:
-        batch: Any = self._maker[self._start + number]
-        return batch.pixels, dataclasses.replace(batch, pixels=_EMPTY)
+    def __getitem__(self, number: int) -> dict[str, np.ndarray]:
+        return _pack(self._maker[self._start + number])
 
     def __repr__(self) -> str:
         return f"batches {self._start} to {self._stop}"
+
+
+def _end(batches: Any) -> None:
+    batches.close()
+
+
+def _pack(batch: Any) -> dict[str, np.ndarray]:
+    """A batch as arrays only, which go through shared memory.
+
+    Anything else would go through a pipe, and a worker that dies with half a message in it leaves the reader
+    waiting for ever.
+    """
+    values = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
+    plain = {name: value for name, value in values.items() if name not in arrays}
+    return {**arrays, _PLAIN: np.frombuffer(json.dumps(plain).encode(), np.uint8)}
+
+
+def _unpack(packed: dict[str, np.ndarray], kind: type[T]) -> T:
+    """The batch again. Shared memory is freed with its last view, which a device may outlive: hence the copies."""
+    arrays = {name: value if type(value) is np.ndarray else np.array(value) for name, value in packed.items()}
+    return kind(**json.loads(arrays.pop(_PLAIN).tobytes()), **arrays)
 
 
 _DEAD_WORKER = (
