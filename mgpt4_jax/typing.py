@@ -9,6 +9,7 @@
 | s      | key positions                   | v      | vocabulary             |
 | d      | model width                     | l      | layers                 |
 | e      | width of the image encoder      | i      | pictures               |
+| r      | rank of an adapter              |        |                        |
 
 The same letters stand in einsum strings, in sharding rules and in the README.
 """

@@ -35,6 +35,7 @@ from mgpt4_jax.generate.sampling import (
     stack_sampling,
 )
 from mgpt4_jax.models.layers import embed_with_images
+from mgpt4_jax.models.lora import merging
 from mgpt4_jax.sharding import BATCH, make_mesh
 from mgpt4_jax.typing import Array, Bool, DType, Float, Int, Params
 
@@ -95,7 +96,8 @@ class _Answering:
 class Engine:
     """Runs requests with the language model of ``params``, the tree of a model or a function that reads it.
 
-    ``slots`` (a power of two) rows are decoded together; a prompt and its answer fit in ``max_length``.
+    ``slots`` (a power of two) rows are decoded together; a prompt and its answer fit in ``max_length``. LoRA
+    adapters are merged into their matrices as these are read.
     """
 
     def __init__(
@@ -119,7 +121,7 @@ class Engine:
         mesh = mesh or make_mesh()
         read = params if callable(params) else read_tree(params["llama"])
         self.config, self.dtype, self.slots, self.eos_ids = config, dtype, slots, eos_ids
-        self.params = pack_decoder(config.llama, read, dtype, mesh)
+        self.params = pack_decoder(config.llama, merging(config.llama.lora, read), dtype, mesh)
         self.max_length = min(max_length or config.llama.max_positions, config.llama.max_positions)
         self.lengths = length_buckets(self.max_length)
         llama, place = config.llama, partial(_place, mesh)

@@ -12,7 +12,7 @@ from mgpt4_jax.config import ModelConfig
 from mgpt4_jax.models.blip2 import Blip2
 from mgpt4_jax.models.encoder import Encoder
 from mgpt4_jax.models.minigpt4 import MiniGPT4
-from mgpt4_jax.typing import DType
+from mgpt4_jax.typing import DType, Params, PRNGKey
 
 
 def build(config: ModelConfig, dtype: DType = jnp.float32) -> nn.Module:
@@ -50,6 +50,19 @@ def abstract_params(config: ModelConfig) -> Any:
     return nn.unbox(boxed_params(config))
 
 
+def init_adapters(config: ModelConfig, key: PRNGKey) -> Params:
+    """The LoRA adapters alone, as ``init`` draws them: what a model is given that is about to be adapted.
+
+    Under ``jit`` nothing else is computed, so the rest of the model needs no memory.
+    """
+    params = nn.unbox(build(config).init(key, *example_inputs(config))["params"])
+    layers = {
+        block: {name: leaves for name, leaves in matrices.items() if name.endswith("_lora")}
+        for block, matrices in params["llama"]["layers"].items()
+    }
+    return {"llama": {"layers": {block: adapters for block, adapters in layers.items() if adapters}}}
+
+
 def num_parameters(config: ModelConfig) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)))
 
@@ -62,5 +75,6 @@ __all__ = [
     "boxed_params",
     "build",
     "example_inputs",
+    "init_adapters",
     "num_parameters",
 ]

@@ -6,6 +6,8 @@ run in ``generate/decoder.py``, on weights that are packed for reading speed.
 
 from __future__ import annotations
 
+from functools import partial
+
 import flax.linen as nn
 import jax.numpy as jnp
 
@@ -19,6 +21,7 @@ from mgpt4_jax.models.layers import (
     rotate,
     scan_layers,
 )
+from mgpt4_jax.models.lora import adapted
 from mgpt4_jax.models.masks import causal_mask, padding_mask
 from mgpt4_jax.typing import Array, Bool, DType, Float, Int
 
@@ -26,6 +29,7 @@ from mgpt4_jax.typing import Array, Bool, DType, Float, Int
 class LlamaAttention(nn.Module):
     config: LlamaConfig
     dtype: DType = jnp.float32
+    deterministic: bool = True
 
     @nn.compact
     def __call__(
@@ -36,29 +40,29 @@ class LlamaAttention(nn.Module):
     ) -> Float[Array, "b t d"]:
         n, k, h = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
 
+        adapt = partial(adapted, lora=self.config.lora, dtype=self.dtype, deterministic=self.deterministic)
+
         def project(name: str, heads: int, axis: str) -> Array:
-            return dense((heads, h), ("embed", axis, "head_dim"), name=name, dtype=self.dtype, use_bias=False)(x)
+            return adapt(x, (heads, h), ("embed", axis, "head_dim"), name=name)
 
         query = rotate(project("query", n, "heads"), angles)
         key = rotate(project("key", k, "kv_heads"), angles)
         value = project("value", k, "kv_heads")
         mixed = attend(query, key, value, mask)
-        out_axes = ("heads", "head_dim", "embed")
-        return dense(x.shape[-1], out_axes, name="out", dtype=self.dtype, inputs=2, use_bias=False)(mixed)
+        return adapt(mixed, (x.shape[-1],), ("heads", "head_dim", "embed"), name="out", inputs=2)
 
 
 class LlamaMlp(nn.Module):
     config: LlamaConfig
     dtype: DType = jnp.float32
+    deterministic: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        def project(features: int, axes: tuple[str, str], name: str) -> nn.DenseGeneral:
-            return dense(features, axes, name=name, dtype=self.dtype, use_bias=False)
-
-        gate = project(self.config.mlp_size, ("embed", "mlp"), "gate")(x)
-        up = project(self.config.mlp_size, ("embed", "mlp"), "up")(x)
-        return project(x.shape[-1], ("mlp", "embed"), "down")(nn.silu(gate) * up)
+        adapt = partial(adapted, lora=self.config.lora, dtype=self.dtype, deterministic=self.deterministic)
+        gate = adapt(x, (self.config.mlp_size,), ("embed", "mlp"), name="gate")
+        up = adapt(x, (self.config.mlp_size,), ("embed", "mlp"), name="up")
+        return adapt(nn.silu(gate) * up, (x.shape[-1],), ("mlp", "embed"), name="down")
 
 
 class LlamaLayer(nn.Module):
@@ -66,6 +70,7 @@ class LlamaLayer(nn.Module):
 
     config: LlamaConfig
     dtype: DType = jnp.float32
+    deterministic: bool = True
 
     @nn.compact
     def __call__(
@@ -75,11 +80,11 @@ class LlamaLayer(nn.Module):
         mask: Bool[Array, "b t t"],
         cache: None = None,
     ) -> tuple[Float[Array, "b t d"], None]:
-        eps = self.config.rms_norm_eps
+        eps, settings = self.config.rms_norm_eps, (self.config, self.dtype, self.deterministic)
         normed = rms_norm(eps, name="input_norm", dtype=self.dtype)(x)
-        x = x + LlamaAttention(self.config, self.dtype, name="attn")(normed, angles, mask)
+        x = x + LlamaAttention(*settings, name="attn")(normed, angles, mask)
         normed = rms_norm(eps, name="post_norm", dtype=self.dtype)(x)
-        x = x + LlamaMlp(self.config, self.dtype, name="mlp")(normed)
+        x = x + LlamaMlp(*settings, name="mlp")(normed)
         self.sow("intermediates", "hidden", x)
         return x, None
 
@@ -93,7 +98,6 @@ class Llama(nn.Module):
         self.embed_tokens = embedding(
             config.vocab_size, config.hidden_size, ("vocab", "embed"), name="embed_tokens", dtype=self.dtype
         )
-        self.layers = LlamaLayer(config, self.dtype, name="layers")
         self.norm = rms_norm(config.rms_norm_eps, name="norm", dtype=self.dtype)
         if not config.tie_embeddings:
             self.lm_head = dense(
@@ -103,16 +107,20 @@ class Llama(nn.Module):
     def embed(self, ids: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         return self.embed_tokens(ids)
 
+    @nn.compact
     def __call__(
         self,
         embeds: Float[Array, "b t d"],
         valid: Bool[Array, "b t"] | None = None,
         positions: Int[Array, "b t"] | None = None,
+        *,
+        deterministic: bool = True,
     ) -> Float[Array, "b t v"]:
         """Float32 logits of a whole sequence; ``valid`` marks tokens that are not padding (either side).
 
         ``positions`` default to the count of valid tokens before each one, so that padding on the
-        left changes nothing.
+        left changes nothing. With ``deterministic=False`` the inputs of adapters are dropped out, which
+        takes a "dropout" key.
         """
         b, t, _ = embeds.shape
         mask = causal_mask(t)
@@ -123,7 +131,8 @@ class Llama(nn.Module):
         config = self.config
         angles = rotary_angles(positions, config.head_dim, config.rope_theta, config.rope_scaling)
         x = embeds.astype(self.dtype)
-        x, _ = scan_layers(self.layers, x, angles, mask, length=config.num_layers, remat=config.remat)
+        layers = LlamaLayer(config, self.dtype, deterministic, name="layers")
+        x, _ = scan_layers(layers, x, angles, mask, length=config.num_layers, remat=config.remat)
         return self.logits(self.norm(x))
 
     def logits(self, x: Float[Array, "b t d"]) -> Float[Array, "b t v"]:

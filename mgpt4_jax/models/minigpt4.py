@@ -38,6 +38,8 @@ class MiniGPT4(nn.Module):
         pixels: Float[Array, "i H W 3"],
         text_ids: Int[Array, "i t"] | None = None,
         text_valid: Bool[Array, "i t"] | None = None,
+        *,
+        deterministic: bool = True,
     ) -> Float[Array, "i q d"]:
         """Tokens of each picture in the language model's space; text only for InstructBLIP's Q-Former."""
         x = self.ln_vision(self.vit(pixels))
@@ -45,7 +47,7 @@ class MiniGPT4(nn.Module):
             x = join_patches(x, self.config.patches_per_token)
         else:
             mask = None if text_ids is None else bidirectional_mask(self.config.qformer.num_queries, text_valid)
-            x = self.qformer(x, text_ids, mask=mask).queries
+            x = self.qformer(x, text_ids, mask=mask, deterministic=deterministic).queries
         self.sow("intermediates", "before_projection", x)
         return self.projection(x)
 
@@ -64,15 +66,20 @@ class MiniGPT4(nn.Module):
         valid: Bool[Array, "b t"] | None = None,
         text_ids: Int[Array, "b i t"] | None = None,
         text_valid: Bool[Array, "b i t"] | None = None,
+        *,
+        deterministic: bool = True,
     ) -> Float[Array, "b t v"]:
-        """Float32 logits of whole sequences with ``i`` pictures a row."""
+        """Float32 logits of whole sequences with ``i`` pictures a row.
+
+        ``deterministic=False`` drops out in the Q-Former and in adapters and takes a "dropout" key.
+        """
         images = None
         if pixels is not None:
             rows, count = pixels.shape[:2]
             flat = [None if x is None else x.reshape(-1, *x.shape[2:]) for x in (pixels, text_ids, text_valid)]
-            images = self.encode_image(*flat)
+            images = self.encode_image(*flat, deterministic=deterministic)
             images = images.reshape(rows, count * images.shape[1], -1)
-        return self.llama(self.embed(ids, slots, images), valid)
+        return self.llama(self.embed(ids, slots, images), valid, deterministic=deterministic)
 
 
 def join_patches(x: Float[Array, "b p d"], count: int) -> Float[Array, "b q e"]:
