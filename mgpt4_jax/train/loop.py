@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -29,7 +26,6 @@ from mgpt4_jax.train.flops import peak_flops
 from mgpt4_jax.train.monitor import LossGuard, Monitor, Speed
 from mgpt4_jax.train.run import Signals, check_unchanged, run_directory, write_config
 from mgpt4_jax.train.setup import Data, Plan, Programs, device_arrays, load_state, make_plan, open_data, weight_table
-from mgpt4_jax.train.state import TrainState
 from mgpt4_jax.train_config import TrainConfig, train_config_to_dict
 from mgpt4_jax.typing import Params
 
@@ -193,9 +189,9 @@ class _Trainer:
         loss = float(metrics["loss"])
         if not metrics["is_finite"]:
             raise TrainingStopped(
-                f"step {pending.step}: the loss is {loss} and the gradient's norm {float(metrics['grad_norm'])}; nothing "
-                f"was changed by it; its samples: {', '.join(pending.batch.names[:8])}; {self._last_good()}; look at "
-                "them, or lower optim.peak_lr"
+                f"step {pending.step}: the loss is {loss} and the gradient's norm {float(metrics['grad_norm'])}, and "
+                f"nothing was changed by it; its samples: {', '.join(pending.batch.names[:8])}; {self._last_good()}; "
+                "look at the samples, or lower optim.peak_lr"
             )
         for text in pending.batch.bad:
             self.monitor.event(pending.step, f"bad sample, replaced: {text}")
@@ -280,9 +276,8 @@ class _Trainer:
             self.monitor.flush()
             draw_curves(self.run / "log.jsonl", self.run / "curves.png")
         barrier("finished")
-        self.say(
-            f"step {done} of {self.config.num_steps}: the trained model is {model}, its curves {self.run / 'curves.png'}"
-        )
+        where = f"the trained model is {model}, its curves {self.run / 'curves.png'}"
+        self.say(f"step {done} of {self.config.num_steps}: {where}")
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -74,9 +74,8 @@ def make_plan(config: TrainConfig, mesh: Mesh) -> Plan:
     """Refuses what does not fit together, before anything large is read."""
     manifest = read_manifest(config.model)
     if manifest.config.architecture != "minigpt4":
-        raise UserError(
-            f"{config.model}: objective {config.objective!r} trains a minigpt4 model, not {manifest.config.architecture}"
-        )
+        kind = manifest.config.architecture
+        raise UserError(f"{config.model}: objective {config.objective!r} trains a minigpt4 model, not {kind}")
     llama = manifest.config.llama
     if config.lora and llama.lora not in (None, config.lora):
         raise UserError(f"{config.model}: has adapters already ({llama.lora}); leave `lora` out to train those")
