@@ -65,6 +65,7 @@ ONLY_IN = {
     ],
     "transformers": ["mgpt4_jax/data/text.py", "convert/reference.py"],
     "tensorflow": [],
+    "tensorflow_datasets": ["mgpt4_jax/data/records.py"],
     "torchvision": [],
 }
 

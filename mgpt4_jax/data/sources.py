@@ -255,8 +255,20 @@ def _find_lines(path: Path, reads: Reads, report: Report | None) -> LinesPart:
     return LinesPart(path, stamp, *columns, sha256=digest.hexdigest(), reads=reads)
 
 
+# --- ArrayRecord and TFDS ----------------------------------------------------------------------------------
+
+
+def _open_records(config: SourceConfig, report: Report | None) -> Source:
+    from mgpt4_jax.data import records  # which brings large libraries along
+
+    del report  # their files say at once how many records they hold
+    return records.open_tfds(config) if config.kind == "tfds" else records.open_array_record(config)
+
+
 _OPENERS: dict[str, Callable[[SourceConfig, Report | None], Source]] = {
     "webdataset": _open_webdataset,
     "cc_sbu_align": _open_cc_sbu_align,
     "jsonl": _open_jsonl,
+    "array_record": _open_records,
+    "tfds": _open_records,
 }

@@ -1,0 +1,647 @@
+"""Data sets give what was written, from anywhere, and name what is wrong with them."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import sys
+import tarfile
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mgpt4_jax.data import files
+from mgpt4_jax.data.files import find_files
+from mgpt4_jax.data.images import load_image
+from mgpt4_jax.data.records import write_array_record
+from mgpt4_jax.data.samples import Sample, Source
+from mgpt4_jax.data.sources import open_source
+from mgpt4_jax.errors import UserError
+from mgpt4_jax.train_config import SourceConfig
+from tests.data.making import (
+    KINDS,
+    make_data_set,
+    make_pairs,
+    make_tfds,
+    members_of,
+    picture,
+    read_all,
+    read_some,
+    write_lines,
+    write_tar,
+)
+
+PAIRS = make_pairs(7)
+
+
+@pytest.fixture(scope="session")
+def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SourceConfig]:
+    """One data set of each kind, of the same samples; not to be changed."""
+    return {kind: make_data_set(kind, tmp_path_factory.mktemp(kind) / "set", PAIRS) for kind in KINDS}
+
+
+def open_tar(path: Path) -> Source:
+    return open_source(SourceConfig("webdataset", str(path)))
+
+
+def open_lines(path: Path, lines: list[Any]) -> Source:
+    return open_source(SourceConfig("jsonl", str(write_lines(path / "my.jsonl", lines))))
+
+
+# --- what was written comes back ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_samples_are_what_was_written(configs: dict[str, SourceConfig], kind: str) -> None:
+    source = open_source(configs[kind])
+    assert len(source) == 7 and source.name == configs[kind].path
+    found = read_all(source)
+    assert [row[:3] for row in found] == [(image, caption, None) for _, image, caption in PAIRS]
+    assert len({row[3] for row in found}) == 7
+    assert load_image(source[3].image).size == (24, 16)
+    for index in (-1, 7):
+        with pytest.raises(IndexError):
+            source[index]
+
+
+def test_names_say_where_a_sample_is(configs: dict[str, SourceConfig]) -> None:
+    names = {kind: open_source(configs[kind])[4].name for kind in KINDS}
+    ends = {
+        "webdataset": "00001.tar: 00004",
+        "cc_sbu_align": "filter_cap.json: annotation 4",
+        "jsonl": "my.jsonl:5",
+        "array_record": "1.array_record: record 1",
+        "tfds": "train: record 4",
+    }
+    assert all(names[kind].endswith(end) for kind, end in ends.items()), names
+
+
+def test_instructions_and_answers(tmp_path: Path) -> None:
+    image, expected = picture(), [("What?", "A cat."), ("Where?", "On the mat.")]
+    (tmp_path / "a.jpg").write_bytes(image)
+    lines = [{"image": "a.jpg", "instruction": q, "answer": a} for q, a in expected]
+    write_array_record(tmp_path / "a.array_record", [Sample("", tmp_path / "a.jpg", a, q) for q, a in expected])
+    records = [{"image": image, "instruction": q, "text": a} for q, a in expected]
+    sources = [
+        open_lines(tmp_path, lines),
+        open_source(SourceConfig("array_record", str(tmp_path / "a.array_record"))),
+        open_source(make_tfds(tmp_path / "tfds", records)),
+    ]
+    for source in sources:
+        found = read_all(source)
+        assert [(instruction, answer) for _, answer, instruction, _ in found] == expected
+        assert {row[0] for row in found} == {image}
+
+
+def test_lines_may_hold_data_uris_absolute_paths_and_words_alone(tmp_path: Path) -> None:
+    image = picture()
+    (tmp_path / "a.jpg").write_bytes(image)
+    lines = [
+        {"image": "data:image/jpeg;base64," + base64.b64encode(image).decode(), "caption": "uri"},
+        {"image": str(tmp_path / "a.jpg"), "caption": "absolute"},
+        {"image": "sub/../a.jpg", "caption": "relative"},
+        {"image": None, "instruction": "Say hello.", "answer": "Hello."},
+        {"image": "a.jpg", "answer": "no instruction", "source": "kept out"},
+    ]
+    (tmp_path / "sub").mkdir()
+    found = read_all(open_lines(tmp_path, lines))
+    assert [row[0] for row in found] == [image, image, image, None, image]
+    assert [row[1] for row in found] == ["uri", "absolute", "relative", "Hello.", "no instruction"]
+
+
+def test_lines_of_any_editor(tmp_path: Path) -> None:
+    """A byte order mark, blank lines, Windows line ends, no line break at the end: numbers stay those of the editor."""
+    path = tmp_path / "my.jsonl"
+    path.write_bytes(
+        b'\xef\xbb\xbf{"image": "a.jpg", "caption": "one"}\r\n\r\n  \n{"image": "b.jpg", "caption": "zw\xc3\xb6lf"}'
+    )
+    source = open_source(SourceConfig("jsonl", str(path)))
+    found = [(sample.name, sample.answer) for sample in (source[0], source[1])]
+    assert len(source) == 2
+    assert found == [(f"{path}:1", "one"), (f"{path}:4", "zwölf")]
+
+
+def test_captions_of_a_tar(tmp_path: Path) -> None:
+    """JSON wins over text; text is enough; every picture suffix counts, the first of several; the rest is ignored."""
+    other, image = picture(1), picture()
+    members = [
+        ("./a/0.1.jpg", image),
+        ("a/0.json", b'{"caption": "json"}'),
+        ("a/0.txt", b"text"),
+        ("a/0.jpg", image),
+        ("b.PNG", image),
+        ("b.txt", b"text alone\n"),
+        ("c.webp", image),
+        ("c.caption", "ü".encode()),
+        ("d.jpeg", image),
+        ("d.json", b'{"url": "x"}'),
+        ("d.txt", b"json without caption"),
+        ("e.png", other),
+        ("e.jpg", image),
+        ("e.json", b'{"caption": "two pictures"}'),
+        ("f.parquet", b"?"),
+        ("__meta.json", b"{}"),
+        (".hidden.jpg", b""),
+        ("README", b"no suffix"),
+    ]
+    source = open_tar(write_tar(tmp_path / "a.tar", members))
+    found = read_all(source)
+    assert [row[1] for row in found] == ["json", "text alone", "ü", "json without caption", "two pictures"]
+    assert {row[0] for row in found} == {image}
+    assert found[0][3] == f"{tmp_path / 'a.tar'}: a/0"
+
+
+def test_members_of_a_sample_need_not_be_neighbours(tmp_path: Path) -> None:
+    members = sorted(members_of(PAIRS), key=lambda member: member[0][::-1])
+    found = read_all(open_tar(write_tar(tmp_path / "a.tar", members)))
+    assert {(row[0], row[1]) for row in found} == {(image, caption) for _, image, caption in PAIRS}
+
+
+# --- patterns ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("{00000..00002}.tar", ["00000.tar", "00001.tar", "00002.tar"]),
+        ("0000{0..1}.tar", ["00000.tar", "00001.tar"]),
+        ("{8..11}.tar", ["8.tar", "9.tar", "10.tar", "11.tar"]),
+        ("{b,a}/{0..1}.tar", ["b/0.tar", "b/1.tar", "a/0.tar", "a/1.tar"]),
+        ("0000?.tar", ["00000.tar", "00001.tar", "00002.tar"]),
+        ("{a,b}/*.tar", ["a/0.tar", "a/1.tar", "b/0.tar", "b/1.tar"]),
+        ("**/[01].tar", ["a/0.tar", "a/1.tar", "b/0.tar", "b/1.tar"]),
+        ("a", ["a/0.tar", "a/1.tar"]),
+        ("odd{1..2}[x].tar", ["odd{1..2}[x].tar"]),
+    ],
+)
+def test_patterns(tmp_path: Path, pattern: str, expected: list[str]) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    names = "00000 00001 00002 8 9 10 11 a/0 a/1 b/0 b/1 odd{1..2}[x]".split()
+    for name in names:
+        (tmp_path / f"{name}.tar").write_bytes(b"")
+    (tmp_path / "a" / "0.tar.index.npz").write_bytes(b"")
+    found = find_files(f"{tmp_path}/{pattern}", "*.tar")
+    assert [path.relative_to(tmp_path).as_posix() for path in found] == expected
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("{00000..00004}.tar", "00002.tar: is not there (nor are 2 others)"),
+        ("nothing*.tar", "no such file"),
+        ("nowhere/a.tar", "no such file"),
+        ("{0..99999999999}.tar", "over 1,000 files"),
+        ("{1..0}.tar", "no such file"),
+        ("\0.tar", "no such file"),
+    ],
+)
+def test_patterns_that_miss(tmp_path: Path, pattern: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "MAX_EXPANDED", 1000)
+    for name in ("00000.tar", "00001.tar"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(UserError) as caught:
+        find_files(f"{tmp_path}/{pattern}", "*.tar")
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/a.tar", "https://host/{0..9}.tar", "pipe:cat a.tar", "gs://b/a"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_fetched(kind: str, address: str) -> None:
+    with pytest.raises(UserError, match="is not read; download the data"):
+        open_source(SourceConfig(kind, address))  # type: ignore[arg-type]
+
+
+# --- fingerprints ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fingerprint_knows_neither_place_nor_time(configs: dict[str, SourceConfig], kind: str, tmp_path: Path) -> None:
+    first = open_source(configs[kind]).fingerprint()
+    root = next(parent for parent in Path(configs[kind].path).parents if parent.name.startswith(kind))
+    shutil.copytree(root, tmp_path / "copy")  # with the time of now
+    moved = SourceConfig(kind, configs[kind].path.replace(str(root), str(tmp_path / "copy")))  # type: ignore[arg-type]
+    assert open_source(moved).fingerprint() == first
+    assert len(first) == 64 and int(first, 16)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fingerprint_tells_changes(configs: dict[str, SourceConfig], kind: str, tmp_path: Path) -> None:
+    changes = {
+        "fewer": PAIRS[:-1],
+        "another order": PAIRS[::-1],
+        "another caption": [(*PAIRS[0][:2], "another caption"), *PAIRS[1:]],
+    }
+    found = [open_source(make_data_set(kind, tmp_path / name, pairs)).fingerprint() for name, pairs in changes.items()]
+    assert len({open_source(configs[kind]).fingerprint(), *found}) == 4
+
+
+def test_kinds_never_share_a_fingerprint(configs: dict[str, SourceConfig]) -> None:
+    assert len({open_source(config).fingerprint() for config in configs.values()}) == len(KINDS)
+
+
+# --- processes and threads ---------------------------------------------------------------------------------
+
+
+def test_sources_go_to_other_processes(configs: dict[str, SourceConfig]) -> None:
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        for kind in KINDS:
+            source = open_source(configs[kind])
+            expected = read_all(source)  # with files open here
+            assert pool.submit(read_all, source).result() == expected, kind
+            assert pool.submit(type(source).fingerprint, source).result() == source.fingerprint(), kind
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_threads_read_at_once(configs: dict[str, SourceConfig], kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files.Reads.__init__, "__defaults__", (1,))  # one open file: each thread closes another's
+    source = open_source(configs[kind])
+    orders = [np.random.default_rng(seed).integers(0, 7, 200).tolist() for seed in range(8)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda order: read_some(source, order), orders))
+    finally:
+        sys.setswitchinterval(interval)
+    assert found == [[PAIRS[index][2] for index in order] for order in orders]
+
+
+def test_open_files_are_bounded(tmp_path: Path) -> None:
+    for i in range(100):
+        write_tar(tmp_path / f"{i}.tar", members_of([(str(i), b"picture", f"caption {i}")]))
+    source = open_source(SourceConfig("webdataset", str(tmp_path / "{0..99}.tar")))
+    before = len(os.listdir("/proc/self/fd"))
+    assert read_some(source, range(100)) == [f"caption {i}" for i in range(100)]
+    assert len(os.listdir("/proc/self/fd")) - before <= 64
+    del source
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+# --- bad samples: named when they are read, and the others are there ---------------------------------------
+
+JPG = picture()
+GOOD = [("good.jpg", JPG), ("good.json", b'{"caption": "good"}')]
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([("x.jpg", JPG)], "has a picture but no caption"),
+        ([("x.json", b'{"caption": "a"}')], "has a caption but no picture"),
+        ([("x.jpg", JPG), ("x.json", b'{"url": "a"}')], 'has a .json without "caption"'),
+        ([("x.jpg", b""), ("x.json", b'{"caption": "a"}')], "the picture is empty (0 bytes)"),
+        ([("x.jpg", JPG), ("x.json", b"")], "the .json: is not valid JSON"),
+        ([("x.jpg", JPG), ("x.json", b'{"caption": ')], "the .json: is not valid JSON"),
+        ([("x.jpg", JPG), ("x.json", b'["caption"]')], "not a list"),
+        ([("x.jpg", JPG), ("x.json", b'{"caption": ""}')], "the caption is empty"),
+        ([("x.jpg", JPG), ("x.json", b'{"caption": " \\n"}')], "the caption is empty"),
+        ([("x.jpg", JPG), ("x.json", b'{"caption": null}')], "the caption must be text, got NoneType"),
+        ([("x.jpg", JPG), ("x.json", b'{"caption": ["a", "b"]}')], "the caption must be text, got list: \"['a', 'b']"),
+        ([("x.jpg", JPG), ("x.json", b'{"caption": "\xff\xfe"}')], "is not valid UTF-8"),
+        ([("x.jpg", JPG), ("x.txt", b"\xff\xfe")], "is not valid UTF-8"),
+        ([("x.jpg", JPG), ("x.json", b'{"caption": "\\ud800"}')], "lone surrogate"),
+        ([("x.jpg", JPG), ("x.json", b"[" * 100_000)], "is not valid JSON"),
+        ([("x.jpg", JPG), ("x.json", b'{"caption": ' + b"1" * 5000 + b"}")], "is not valid JSON"),
+        ([("x.jpg", JPG), ("x.json", b'{"caption": "a"}'), ("x.jpg", JPG)], "holds this sample twice"),
+        ([("x.jpg", JPG), ("x.json", b'{"caption": "a"}'), ("x.json", b'{"caption": "b"}')], "holds this sample twice"),
+        ([("x.jpg", JPG), ("x.JPG", JPG), ("x.txt", b"a")], "holds this sample twice"),
+        ([("x.json", b'{"caption": "a"}'), ("x/y.jpg", JPG), ("x/y.txt", b"a")], "x: has a caption but no picture"),
+    ],
+)
+def test_bad_samples_of_a_tar(tmp_path: Path, members: list[tuple[str, bytes]], message: str) -> None:
+    path = write_tar(tmp_path / "a.tar", [*members, *GOOD])
+    source = open_tar(path)
+    with pytest.raises(UserError) as caught:
+        source[0]
+    assert str(caught.value).startswith(f"{path}: x") and message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert source[len(source) - 1].answer == "good"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"not json", "is not valid JSON"),
+        (b'{"image": "a.jpg", "caption": "a"', "is not valid JSON"),
+        (b'"a.jpg"', "must be an object"),
+        (b"[1]", "must be an object"),
+        (b'{"image": "a.jpg"}', 'needs either "caption", or "answer"'),
+        (b'{"image": "a.jpg", "caption": "a", "answer": "b"}', 'needs either "caption", or "answer"'),
+        (b'{"image": "a.jpg", "caption": "a", "instruction": "b"}', 'call the text to predict "answer"'),
+        (b'{"picture": "a.jpg", "caption": "a"}', 'has no "image"'),
+        (b'{"image": ["a.jpg"], "caption": "a"}', '"image" must be a path or a data URI'),
+        (b'{"image": "", "caption": "a"}', '"image" must be a path or a data URI'),
+        (b'{"image": "http://host/a.jpg", "caption": "a"}', "http:// is not read"),
+        (b'{"image": "file:///etc/passwd", "caption": "a"}', "file:// is not read"),
+        (b'{"image": "data:image/png,abc", "caption": "a"}', "is not base64"),
+        (b'{"image": "data:image/png;base64,????", "caption": "a"}', "broken base64"),
+        (b'{"image": "a.jpg", "caption": ""}', "the caption is empty"),
+        (b'{"image": "a.jpg", "caption": ["a"]}', "must be text, got list"),
+        (b'{"image": "a.jpg", "instruction": 3, "answer": "a"}', "the instruction must be text, got int"),
+        (b'{"image": "a.jpg", "instruction": "", "answer": "a"}', "the instruction is empty"),
+        (b'{"image": "a.jpg", "instruction": "a", "answer": " "}', "the answer is empty"),
+        (b'{"image": "a.jpg", "caption": "\xe4"}', "is not valid UTF-8"),
+        (b'{"image": "a.jpg", "caption": "\\udc00"}', "lone surrogate"),
+    ],
+)
+def test_bad_lines(tmp_path: Path, line: bytes, message: str) -> None:
+    path = tmp_path / "my.jsonl"
+    path.write_bytes(b'{"image": "a.jpg", "caption": "good"}\n' + line + b'\n{"image": "a.jpg", "caption": "good"}\n')
+    source = open_source(SourceConfig("jsonl", str(path)))
+    assert source[0].answer == source[2].answer == "good"
+    with pytest.raises(UserError) as caught:
+        source[1]
+    assert str(caught.value).startswith(f"{path}:2: ") and message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("annotation", "message"),
+    [
+        ("text", "must be an object"),
+        ({"image_id": "1"}, 'must be an object with "image_id" and "caption"'),
+        ({"caption": "a"}, 'must be an object with "image_id" and "caption"'),
+        ({"image_id": "1", "caption": ["a"]}, "must be text, got list"),
+        ({"image_id": "1", "caption": ""}, "the caption is empty"),
+        ({"image_id": "../secret", "caption": "a"}, "must be the name of a picture"),
+        ({"image_id": 1.5, "caption": "a"}, "must be the name of a picture"),
+        ({"image_id": "", "caption": "a"}, "must be the name of a picture"),
+    ],
+)
+def test_bad_annotations(tmp_path: Path, annotation: Any, message: str) -> None:
+    (tmp_path / "image").mkdir()
+    values = {"annotations": [annotation, {"image_id": 7, "caption": "good"}]}
+    (tmp_path / "filter_cap.json").write_text(json.dumps(values))
+    source = open_source(SourceConfig("cc_sbu_align", str(tmp_path)))
+    assert source[1].image == tmp_path / "image" / "7.jpg"
+    with pytest.raises(UserError) as caught:
+        source[0]
+    assert "filter_cap.json: annotation 0: " in str(caught.value) and message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (b"\xff\xd8\xff\xe0 no line break", "has no line of JSON"),
+        (b"\xff\xd8\n\xff\xe0", "is not valid UTF-8"),
+        (b"{]\n", "is not valid JSON"),
+        (b'{"answer": "a"}\n', 'must hold "answer" and "image_size"'),
+        (b'{"answer": "a", "image_size": 9}\n1234', "holds 4 bytes of a picture, but says 9"),
+        (b'{"answer": "a", "image_size": "4"}\n1234', "holds 4 bytes of a picture, but says 4"),
+        (b'{"answer": "a", "image_size": null}\n1234', "but says None"),
+        (b'{"answer": "", "image_size": 4}\n1234', "the answer is empty"),
+        (b'{"answer": {}, "image_size": 4}\n1234', "must be text, got dict"),
+    ],
+)
+def test_bad_records(tmp_path: Path, record: bytes, message: str) -> None:
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    path = tmp_path / "a.array_record"
+    writer = ArrayRecordWriter(str(path), "group_size:1")
+    writer.write(b'{"answer": "good", "image_size": 2}\n\n\n')
+    writer.write(record)
+    writer.close()
+    source = open_source(SourceConfig("array_record", str(path)))
+    assert source[0] == Sample(f"{path}: record 0", b"\n\n", "good")
+    with pytest.raises(UserError) as caught:
+        source[1]
+    assert str(caught.value).startswith(f"{path}: record 1: ") and message in str(caught.value)
+
+
+def test_a_flipped_bit_is_one_bad_record(tmp_path: Path) -> None:
+    path = tmp_path / "a.array_record"
+    samples = [Sample(str(i), np.random.default_rng(i).bytes(3000), f"caption {i}") for i in range(20)]
+    assert write_array_record(path, samples) == 20
+    content = bytearray(path.read_bytes())
+    content[content.index(b"caption 7") + 500] ^= 1
+    path.write_bytes(content)
+    source = open_source(SourceConfig("array_record", str(path)))
+    bad = []
+    for i in range(20):
+        try:
+            assert source[i].answer == f"caption {i}"
+        except UserError as error:
+            bad.append(str(error))
+    assert len(bad) == 1 and bad[0].startswith(f"{path}: record 7: is damaged")
+
+
+# --- bad data sets: refused when they are opened -----------------------------------------------------------
+
+
+def whole_tar(path: Path) -> bytes:
+    return write_tar(path, members_of(PAIRS), tarfile.USTAR_FORMAT).read_bytes()
+
+
+HTML, POINTER = b"<!DOCTYPE html>\n<html><body>404</body></html>", b"version https://git-lfs.github.com/spec/v1\noid"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tar: b"", "is empty (0 bytes)"),
+        (lambda tar: HTML, "is a web page"),
+        (lambda tar: POINTER, "is a Git LFS pointer"),
+        (lambda tar: b"\x1f\x8b" + tar, "is compressed with gzip"),
+        (lambda tar: b"PK\x03\x04" + tar, "is a ZIP archive"),
+        (lambda tar: JPG * 9, "is not a tar, or is damaged"),
+        (lambda tar: b"\0" * 10240, "holds no samples (Loaded 0 records)"),
+        (lambda tar: tar[:600], "is truncated in its last member"),
+        (lambda tar: tar[:100], "is not a tar, or is damaged"),
+        (lambda tar: tar[: 512 * 9 + 300], "is truncated"),
+        (lambda tar: tar + tar, "more tars were joined to it"),
+        (lambda tar: tar.replace(b"00003.json", b"\xff\x00\xff\x00\xff\x00\xff\x00\xff\x00"), "is damaged at byte"),
+    ],
+)
+def test_bad_tars(tmp_path: Path, change: Callable[[bytes], bytes], message: str) -> None:
+    path = tmp_path / "00000.tar"
+    path.write_bytes(change(whole_tar(tmp_path / "whole")))
+    with pytest.raises(UserError) as caught:
+        open_tar(path)
+    assert str(path) in str(caught.value) and message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_tars_without_pictures_are_no_data_set(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [("a.parquet", b"1"), ("b.npy", b"2")])
+    with pytest.raises(UserError, match="Loaded 0 records"):
+        open_tar(tmp_path / "a.tar")
+
+
+def test_an_empty_shard_among_others_is_no_error(tmp_path: Path) -> None:
+    write_tar(tmp_path / "0.tar", [])
+    write_tar(tmp_path / "1.tar", members_of(PAIRS[:1]))
+    write_tar(tmp_path / "2.tar", [])
+    source = open_source(SourceConfig("webdataset", str(tmp_path)))
+    assert [row[1] for row in read_all(source)] == [PAIRS[0][2]]
+
+
+def test_the_first_bad_tar_is_named_and_the_others_counted(tmp_path: Path) -> None:
+    for i in range(4):
+        write_tar(tmp_path / f"{i}.tar", members_of(PAIRS))
+    for i in (1, 3):
+        (tmp_path / f"{i}.tar").write_bytes(HTML)
+    with pytest.raises(UserError, match=r"1\.tar: is a web page.*1 more of 4 tars"):
+        open_source(SourceConfig("webdataset", str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty (0 bytes)"),
+        (b"\n\n  \n", "Loaded 0 records"),
+        (HTML, "is a web page"),
+        (POINTER, "is a Git LFS pointer"),
+        (b'[{"image": "a.jpg", "caption": "a"}]', "is one JSON array"),
+        ('{"image": "a.jpg", "caption": "a"}\n'.encode("utf-16"), "is not UTF-8 text"),
+    ],
+)
+def test_bad_jsonl(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "my.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        open_source(SourceConfig("jsonl", str(path)))
+    assert str(path) in str(caught.value) and message in str(caught.value)
+
+
+def test_an_endless_line_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mgpt4_jax.data.sources.MAX_LINE_BYTES", 1000)
+    (tmp_path / "my.jsonl").write_bytes(b'{"a": 1}\n' + b" " * 5000)
+    with pytest.raises(UserError, match=r"my\.jsonl:2: the line is over"):
+        open_source(SourceConfig("jsonl", str(tmp_path / "my.jsonl")))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty (0 bytes)"),
+        (HTML, "is a web page"),
+        (POINTER, "is a Git LFS pointer"),
+        (b'{"annotations": [', "is not valid JSON"),
+        (b"[]", "not a list"),
+        (b"{}", 'has no list "annotations"'),
+        (b'{"annotations": {"1": "a"}}', 'has no list "annotations"'),
+        (b'{"annotations": []}', "Loaded 0 records"),
+        (b'{"annotations": [{"image_id": "1", "caption": "\xff"}]}', "is not valid UTF-8"),
+        (None, "filter_cap.json: is not there"),
+    ],
+)
+def test_bad_filter_cap(tmp_path: Path, content: bytes | None, message: str) -> None:
+    (tmp_path / "image").mkdir()
+    if content is not None:
+        (tmp_path / "filter_cap.json").write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        open_source(SourceConfig("cc_sbu_align", str(tmp_path)))
+    assert str(tmp_path) in str(caught.value) and message in str(caught.value)
+
+
+def test_cc_sbu_align_needs_its_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        open_source(SourceConfig("cc_sbu_align", str(tmp_path / "nowhere")))
+    (tmp_path / "filter_cap.json").write_text('{"annotations": [{"image_id": "1", "caption": "a"}]}')
+    with pytest.raises(UserError, match="is not a folder"):
+        open_source(SourceConfig("cc_sbu_align", str(tmp_path / "filter_cap.json")))
+    with pytest.raises(UserError, match="image: is not there"):
+        open_source(SourceConfig("cc_sbu_align", str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda file: b"", "is empty (0 bytes)"),
+        (lambda file: HTML, "is a web page"),
+        (lambda file: file[: len(file) // 2], "is not an ArrayRecord file, or is truncated"),
+        (lambda file: zlib.compress(file), "is not an ArrayRecord file"),
+    ],
+)
+def test_bad_array_records(tmp_path: Path, change: Callable[[bytes], bytes], message: str) -> None:
+    path = tmp_path / "a.array_record"
+    write_array_record(path, [Sample(str(i), os.urandom(5000), "a") for i in range(40)])
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(UserError) as caught:
+        open_source(SourceConfig("array_record", str(path)))
+    assert str(path) in str(caught.value) and message in str(caught.value)
+
+
+def test_writing_records_is_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "a.array_record"
+    write_array_record(path, [Sample("0", b"old", "old")])
+    bad = [Sample("0", b"new", "new"), Sample("my.jsonl:2", tmp_path / "gone.jpg", "a")]
+    with pytest.raises(UserError, match=r"my\.jsonl:2: .*gone\.jpg: cannot be read"):
+        write_array_record(path, bad)
+    with pytest.raises(UserError, match="there are no samples"):
+        write_array_record(path, [])
+    with pytest.raises(UserError, match="cannot be written"):
+        write_array_record(tmp_path / "nowhere" / "a.array_record", [Sample("0", b"new", "new")])
+    assert open_source(SourceConfig("array_record", str(path)))[0].answer == "old"
+    assert os.listdir(tmp_path) == ["a.array_record"]
+
+
+# --- TFDS --------------------------------------------------------------------------------------------------
+
+
+def test_tfds_without_its_package_names_the_extra(
+    configs: dict[str, SourceConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(UserError, match=r"pip install 'mgpt4-jax\[data\]'"):
+        open_source(configs["tfds"])
+
+
+def test_tfds_brings_no_tensorflow(configs: dict[str, SourceConfig]) -> None:
+    open_source(configs["tfds"])
+    assert "tensorflow" not in sys.modules
+
+
+def test_bad_tfds(configs: dict[str, SourceConfig], tmp_path: Path) -> None:
+    good = configs["tfds"]
+    with pytest.raises(UserError, match=r"has no split 'test'; it has train"):
+        open_source(SourceConfig("tfds", good.path, split="test"))
+    with pytest.raises(UserError, match=r"dataset_info\.json: is not there"):
+        open_source(SourceConfig("tfds", str(tmp_path)))
+    with pytest.raises(UserError, match="needs the features image and caption"):
+        open_source(make_tfds(tmp_path / "words", [{"caption": "a"}]))
+    with pytest.raises(UserError, match="needs the features image and caption"):
+        open_source(make_tfds(tmp_path / "pictures", [{"image": JPG, "label": "a"}]))
+    for name in ("dataset_info.json", "features.json"):
+        for content in (b"", b"{", b"[]", b'{"splits": 3}', b"\xff"):
+            broken = tmp_path / "broken"
+            shutil.rmtree(broken, ignore_errors=True)
+            shutil.copytree(good.path, broken)
+            (broken / name).write_bytes(content)
+            with pytest.raises(UserError, match="is not a data set that TFDS can read|needs the features"):
+                open_source(SourceConfig("tfds", str(broken)))
+
+
+def test_tfds_samples_are_checked(tmp_path: Path) -> None:
+    source = open_source(make_tfds(tmp_path, [{"image": JPG, "caption": ""}, {"image": JPG, "caption": b"\xff"}]))
+    for index, message in enumerate(("the caption is empty", "is not valid UTF-8")):
+        with pytest.raises(UserError, match=message):
+            source[index]
+
+
+# --- changes while it is read ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["webdataset", "jsonl"])
+def test_a_file_that_changes_under_a_run_is_refused(kind: str, tmp_path: Path) -> None:
+    config = make_data_set(kind, tmp_path / "set", PAIRS)
+    source = open_source(config)
+    for path in (tmp_path / "set").iterdir():
+        os.utime(path, (1, 1))
+    with pytest.raises(UserError, match="was changed since it was opened"):
+        source[0]
+
+
+def test_progress_is_reported(configs: dict[str, SourceConfig], tmp_path: Path) -> None:
+    config = make_data_set("webdataset", tmp_path / "set", PAIRS)
+    calls: list[tuple[int, int]] = []
+    open_source(config, lambda done, total: calls.append((done, total)))
+    assert calls == [(1, 2), (2, 2)]
