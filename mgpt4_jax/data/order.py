@@ -16,6 +16,7 @@ import grain
 import numpy as np
 
 MAX_SAMPLES = 2**31 - 1  # of one source: Grain's shuffle counts in 32 bits
+_ENDLESS = 2**62
 
 
 class Place(NamedTuple):
@@ -45,12 +46,12 @@ class TrainOrder:
 
     def __init__(self, sizes: Sequence[int], weights: Sequence[float], batch_size: int, seed: int) -> None:
         self._arguments = (tuple(sizes), tuple(weights), batch_size, seed)
-        streams = [
-            grain.MapDataset.range(size).shuffle(seed=_seed_of_source(seed, number)).repeat().batch(batch_size)
-            for number, size in enumerate(sizes)
-        ]
-        tagged = [stream.map(_Tag(number)) for number, stream in enumerate(streams)]
-        self._batches = grain.MapDataset.mix(tagged, list(weights))
+        streams = []
+        for number, size in enumerate(sizes):
+            shuffled = grain.MapDataset.range(size).shuffle(seed=_seed_of_source(seed, number))
+            endless = shuffled.repeat(_ENDLESS // size)  # repeat() counts too far for batches of one
+            streams.append(endless.batch(batch_size).map(_Tag(number)))
+        self._batches = grain.MapDataset.mix(streams, list(weights))
         self[0]  # Grain prepares itself at the first look, which threads must not do at once
 
     def __getitem__(self, step: int) -> tuple[int, np.ndarray]:
