@@ -33,6 +33,7 @@ def plot(records: Sequence[Record], losses: dict[int, float], name: str) -> Any:
     """The curves as a ``matplotlib`` figure, of no window and no global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # a second to import, and needed at the end only
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(11, 7.5), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
@@ -51,7 +52,7 @@ def plot(records: Sequence[Record], losses: dict[int, float], name: str) -> Any:
         axis.set_xlabel("step")
         axis.grid(color="#e6e6e6")
         axis.spines[["top", "right"]].set_visible(False)
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
     return figure
 
 
