@@ -133,6 +133,14 @@ def read_head(path: Path, size: int = 512) -> bytes:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
+def read_whole(path: Path) -> bytes:
+    """All of a file."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
 def find_files(pattern: str, inside: str) -> list[Path]:
     """Files that a pattern names: ``{00000..10488}`` and ``{a,b}`` as a shell expands them, then ``*``, ``?``, ``[]``.
 

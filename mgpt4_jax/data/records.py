@@ -18,7 +18,15 @@ from typing import Any
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from mgpt4_jax.data.files import MAX_READ_BYTES, find_files, read_head, refuse_address, refuse_impostor, relative_names
+from mgpt4_jax.data.files import (
+    MAX_READ_BYTES,
+    find_files,
+    read_head,
+    read_whole,
+    refuse_address,
+    refuse_impostor,
+    relative_names,
+)
 from mgpt4_jax.data.samples import JoinedSource, Sample, Source, make_sample, parse_object
 from mgpt4_jax.errors import UserError
 from mgpt4_jax.train_config import SourceConfig
@@ -116,12 +124,10 @@ def _open_records(path: Path) -> ArrayRecordDataSource:
 
 
 def _encode(sample: Sample) -> bytes:
-    image = sample.image
-    if isinstance(image, Path):
-        try:
-            image = image.read_bytes()
-        except OSError as error:
-            raise UserError(f"{sample.name}: {image}: cannot be read ({error.strerror or error})") from error
+    try:
+        image = read_whole(sample.image) if isinstance(sample.image, Path) else sample.image
+    except UserError as error:
+        raise UserError(f"{sample.name}: {error}") from error
     header: dict[str, Any] = {"answer": sample.answer, "image_size": None if image is None else len(image)}
     if sample.instruction is not None:
         header["instruction"] = sample.instruction

@@ -20,6 +20,7 @@ from mgpt4_jax.data.files import (
     Stamp,
     find_files,
     read_head,
+    read_whole,
     refuse_address,
     refuse_impostor,
     relative_names,
@@ -151,20 +152,13 @@ def _open_cc_sbu_align(config: SourceConfig, report: Report | None) -> Source:
     for needed in (path, folder / "image"):
         if not needed.exists():
             raise UserError(f"{needed}: is not there; a cc_sbu_align folder holds filter_cap.json and image/")
-    raw = _read_whole(path)
+    raw = read_whole(path)
     refuse_impostor(path, raw[:512])
     annotations = parse_object(raw, str(path), _ANNOTATIONS_EXAMPLE).get("annotations")
     if not isinstance(annotations, list):
         raise UserError(f'{path}: has no list "annotations"; it must be like {_ANNOTATIONS_EXAMPLE}')
     part = AlignPart(folder, annotations, hashlib.sha256(raw).hexdigest())
     return JoinedSource(config.path, config.kind, [part])
-
-
-def _read_whole(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
 # --- JSONL -------------------------------------------------------------------------------------------------
@@ -251,8 +245,8 @@ def _find_lines(path: Path, reads: Reads, report: Report | None) -> LinesPart:
                     report(offset, stamp.size)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
-    columns = (np.array(values, np.int64) for values in (starts, sizes, numbers))
-    return LinesPart(path, stamp, *columns, sha256=digest.hexdigest(), reads=reads)
+    columns = [np.array(values, np.int64) for values in (starts, sizes, numbers)]
+    return LinesPart(path, stamp, columns[0], columns[1], columns[2], digest.hexdigest(), reads)
 
 
 # --- ArrayRecord and TFDS ----------------------------------------------------------------------------------

@@ -12,11 +12,12 @@ import io
 import logging
 import multiprocessing
 import os
+import signal
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ PICTURE, JSON, TEXT = range(3)  # columns
 PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp")  # of several in one sample the first of these counts
 TEXT_SUFFIXES = ("txt", "caption")
 BLOCK = tarfile.BLOCKSIZE
+LOADING_THREADS = 16  # which wait for network disks together
 PARALLEL_BYTES = 2**30  # of tars without a table: below it, starting processes takes longer than the work
 
 _COLUMNS = dict.fromkeys(PICTURE_SUFFIXES, PICTURE) | {"json": JSON} | dict.fromkeys(TEXT_SUFFIXES, TEXT)
@@ -101,9 +103,15 @@ def try_index_tars(
     paths: Sequence[Path], report: Report | None = None, processes: int | None = None
 ) -> list[TarIndex | UserError]:
     """As ``index_tars``, but with the error in the place of a tar that cannot be read."""
-    found: list[TarIndex | UserError | None] = [load_index(path) for path in paths]
+    found: list[TarIndex | UserError | None] = []
+    done = 0
+    with ThreadPoolExecutor(LOADING_THREADS) as pool:
+        for loaded in pool.map(load_index, paths):
+            found.append(loaded)
+            done += loaded is not None
+            if report and loaded:
+                report(done, len(paths))
     missing = [place for place, index in enumerate(found) if index is None]
-    done = len(paths) - len(missing)
     unwritten: list[str] = []
     for place, (index, problem) in _make_indexes([paths[place] for place in missing], processes):
         found[missing[place]] = index
@@ -144,7 +152,7 @@ def index_path(path: Path) -> Path:
 def load_index(path: Path) -> TarIndex | None:
     """The table beside a tar, if it is there, whole, and fits the tar as it is now."""
     try:
-        with np.load(index_path(path), allow_pickle=False) as file:
+        with index_path(path).open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             version, size, mtime_ns = file["tar"].tolist()
             stamp = Stamp(size, mtime_ns)
             if version != VERSION or stamp != stamp_of(path):
@@ -193,14 +201,21 @@ def _make_indexes(paths: Sequence[Path], processes: int | None) -> Iterator[tupl
         yield from ((place, _make_index(path)) for place, path in enumerate(paths))
         return
     # Reading headers is Python's work, which threads would not share; a fork would copy JAX's threads half.
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        try:
-            yield from _as_ready(pool, paths)
-        except BrokenProcessPool as error:
-            raise UserError(
-                "the processes that index tars died: if this is a program of yours, put its work under "
-                "`if __name__ == '__main__':`, or run `mgpt4 data index` first"
-            ) from error
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_ignore_interrupts)
+    try:
+        yield from _as_ready(pool, paths)
+    except BrokenProcessPool as error:
+        raise UserError(
+            "the processes that index tars died: if this is a program of yours, put its work under "
+            "`if __name__ == '__main__':`, or run `mgpt4 data index` first"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _ignore_interrupts() -> None:
+    """Ctrl-C is the main process's to handle; a table that is being made is finished."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _as_ready(pool: Executor, paths: Sequence[Path]) -> Iterator[tuple[int, Made]]:
@@ -232,7 +247,7 @@ def _members(path: Path, file: BinaryIO, size: int) -> Iterator[tarfile.TarInfo]
                 if member.offset <= offset:
                     raise UserError(f"{path}: is damaged at byte {offset}: a header points backwards; write it again")
                 offset = member.offset
-                tar.members.clear()  # which would grow with the tar
+                tar.members.clear()  # type: ignore[attr-defined]  # they would grow with the tar
                 yield member
             end = tar.offset
     except tarfile.ReadError as error:
