@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -63,3 +64,9 @@ class MemorySource:
 
     def fingerprint(self) -> str:
         return f"{self.name} {self.size}"
+
+
+def needs_no_accelerator(index: int) -> None:
+    """A hook that fails where JAX has opened its devices."""
+    bridge = sys.modules.get("jax._src.xla_bridge")
+    assert bridge is None or not bridge.backends_are_initialized(), "a backend runs"

@@ -170,15 +170,18 @@ class BadSamples:
           num_bad: how many those are, where other hosts have more of them.
 
         Raises:
-          TrainingStopped: the share is over ``max_share`` after ``minimum`` samples.
+          TrainingStopped: the share is over ``max_share``, of at least ``minimum`` samples or of all.
         """
-        self.count += len(bad) if num_bad is None else num_bad
-        self.seen += good + (len(bad) if num_bad is None else num_bad)
-        self.first += list(bad[: self.keep - len(self.first)])
-        if self.count and self.seen >= self.minimum and self.share > self.max_share:
-            names = "; ".join(self.first[:3]) + ("; ..." if self.count > 3 else "")
+        num_bad = len(bad) if num_bad is None else num_bad
+        self.count += num_bad
+        self.seen += good + num_bad
+        self.first += bad[: self.keep - len(self.first)]
+        proven = self.seen >= self.minimum or self.count == self.seen
+        if self.count and proven and self.share > self.max_share:
+            names = "; ".join([*self.first[:3], *(["..."] if self.count > 3 else [])])
             raise TrainingStopped(
-                f"{self.count:,} of {self.seen:,} samples are bad, over data.max_bad_share = {self.max_share}: {names}"
+                f"{self.count:,} of {self.seen:,} samples are bad, over data.max_bad_share = {self.max_share:g}: "
+                f"{names}; `mgpt4 data validate` names them all"
             )
 
 
@@ -242,7 +245,7 @@ class _BatchMaker:
         if place is None:
             return empty
         source, tried = self._sources[place.source], len(bad)
-        for index in self._candidates(place.index, len(source)):
+        for index in self._candidates(place.position, len(source)):
             sample: Sample | None = None
             try:
                 sample = source[index]

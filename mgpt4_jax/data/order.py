@@ -23,7 +23,7 @@ class Place(NamedTuple):
     """One sample: which source, and where in it."""
 
     source: int
-    index: int
+    position: int
 
 
 class Order(Protocol):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 import json
 import os
 import shutil
@@ -64,7 +65,8 @@ class Prefetcher(Generic[T]):
         bytes_per_batch: int,
     ) -> None:
         self._kind, self._num_workers = kind, num_workers
-        steps = grain.MapDataset.source(_Steps(maker, start, sys.maxsize if stop is None else stop))
+        self._steps: Iterator[int] = itertools.count(start) if stop is None else iter(range(start, stop))
+        steps = grain.MapDataset.source(_Steps(maker, start, stop))
         # Each thread makes a whole batch, so fewer slots than threads would leave some of them idle.
         slots = num_threads if num_workers else max(ready, num_threads)
         batches = steps.to_iter_dataset(grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=slots))
@@ -83,6 +85,7 @@ class Prefetcher(Generic[T]):
         return self
 
     def __next__(self) -> T:
+        next(self._steps)
         try:
             return _unpack(next(self._batches), self._kind)
         except RuntimeError as error:
@@ -93,9 +96,9 @@ class Prefetcher(Generic[T]):
     def close(self) -> None:
         """End the threads and workers; doing it twice does no harm. There are no batches any more."""
         self._end()
-        self._batches = iter(())
+        self._batches, self._steps = iter(()), iter(())
         if self._num_workers:
-            gc.collect()  # Grain's iterators and last errors form circles that hold shared memory
+            gc.collect()  # Grain's iterators and errors form circles that hold shared memory
 
     def __enter__(self) -> Prefetcher[T]:
         return self
@@ -107,19 +110,24 @@ class Prefetcher(Generic[T]):
 
 
 class _Steps:
-    """The packed batches as Grain's random access source."""
+    """The packed batches as Grain's random access source.
 
-    def __init__(self, maker: Maker[Any], start: int, stop: int) -> None:
+    It has no end, behind ``stop`` there are empty dicts: what Grain does at an end takes a second of each worker
+    and holds on to the last batches.
+    """
+
+    def __init__(self, maker: Maker[Any], start: int, stop: int | None) -> None:
         self._maker, self._start, self._stop = maker, start, stop
 
     def __len__(self) -> int:
-        return max(self._stop - self._start, 0)
+        return sys.maxsize
 
     def __getitem__(self, number: int) -> dict[str, np.ndarray]:
-        return _pack(self._maker[self._start + number])
+        step = self._start + number
+        return _pack(self._maker[step]) if self._stop is None or step < self._stop else {}
 
     def __repr__(self) -> str:
-        return f"batches {self._start} to {self._stop}"
+        return f"batches from {self._start}"
 
 
 def _end(batches: Any) -> None:

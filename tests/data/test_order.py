@@ -62,7 +62,7 @@ def test_weights_of_any_size(weights: list[float]) -> None:
 def test_a_step_needs_no_other() -> None:
     order = TrainOrder([50, 20], [2, 1], 4, seed=9)
     forward = [order[step][1].tolist() for step in range(40)]
-    again = pickle.loads(pickle.dumps(TrainOrder([50, 20], [2, 1], 4, seed=9)))
+    again = pickle.loads(pickle.dumps(TrainOrder([50, 20], [2, 1], 4, seed=9)))  # noqa: S301
     assert [again[step][1].tolist() for step in reversed(range(40))] == forward[::-1]
     assert order.places(3) == [Place(order[3][0], index) for index in forward[3]]
 
