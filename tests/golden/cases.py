@@ -108,14 +108,19 @@ class Case:
 
     @cached_property
     def weights(self) -> dict[str, Path]:
-        """The file of each role (a key of ``_MARKERS``)."""
-        found: dict[str, Path] = {}
+        """The file of each role (a key of ``_MARKERS``), the first where there are several."""
+        return {role: paths[0] for role, paths in self.files_of_roles.items()}
+
+    @cached_property
+    def files_of_roles(self) -> dict[str, list[Path]]:
+        """All weight files of each role: copies, and what a training run saved."""
+        found: dict[str, list[Path]] = {}
         for path in self._files():
             if not path.stem.startswith(_RECORDED_FILES):
                 tensors = open_source(path).tensors()
                 role = next((role for role, key in _MARKERS.items() if key in tensors), None)
                 if role is not None:
-                    found.setdefault(role, path)
+                    found.setdefault(role, []).append(path)
         return found
 
     @property

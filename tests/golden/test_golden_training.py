@@ -1,0 +1,131 @@
+"""Three optimiser steps of MiniGPT-4's stage 1, through the program's own train step, and the file that it saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from cases import Case, all_cases, recorded
+from claims import TRAJECTORY
+from comparing import LOSS, Compare, Tolerance
+from conversion import Converted, convert_case
+from training import STAGE1
+
+from mgpt4_jax.checkpoint import flatten, load_params
+from mgpt4_jax.convert.readers import open_source
+from mgpt4_jax.data.batching import pad_sequences, training_sequence
+from mgpt4_jax.data.images import MEAN, STD
+from mgpt4_jax.data.text import load_llama_tokenizer
+from mgpt4_jax.optim import is_decayed, learning_rate, make_optimizer
+from mgpt4_jax.sharding import make_mesh, param_shardings
+from mgpt4_jax.train.objectives import caption_objective, training_model
+from mgpt4_jax.train.state import TrainState, make_state, split, state_shardings, trainable_paths
+from mgpt4_jax.train.step import gradient, make_train_step
+from mgpt4_jax.train_config import DataConfig, OptimConfig, SourceConfig, TrainConfig
+
+PARAMETER = Tolerance(rtol=1e-4, atol=1e-5)
+
+
+def run(converted: Converted) -> dict[str, Any]:
+    """Every quantity by its recorded name."""
+    case = converted.case
+    said = case.config["schedule"]
+    optim = OptimConfig(
+        peak_lr=said["init_lr"],
+        min_lr=said["min_lr"],
+        warmup_lr=said["warmup_start_lr"],
+        warmup_steps=said["warmup_steps"],
+        weight_decay=case.config["weight_decay"],
+        beta1=case.config["betas"][0],
+        beta2=case.config["betas"][1],
+        eps=case.config["eps"],
+    )
+    trained = trainable_paths(flatten(converted.params), ("projection/*",))
+    leaves, frozen = split(converted.params, trained)
+    optimizer = make_optimizer(optim)
+    config = TrainConfig("model", "run", DataConfig((SourceConfig("jsonl", "data"),)), optim=optim)
+    objective = caption_objective(training_model(config, converted.config, trained, np.float32))
+
+    def init(leaves: Any) -> TrainState:
+        return make_state(leaves, optimizer, seed=0, with_average=False)
+
+    mesh = make_mesh()
+    places, _ = split(param_shardings(converted.config, mesh), trained)
+    state = init(leaves)
+    step = make_train_step(objective, optimizer, state_shardings(places, optimizer, jax.eval_shape(init, leaves), mesh))
+    differentiate = jax.jit(lambda trainable, batch: gradient(objective, trainable, frozen, batch, state_key, 1))
+    state_key = jax.random.key(0)
+    decays = {name: is_decayed(f"projection/{leaf}", "minigpt4") for name, leaf in _NAMES.items()}
+    found: dict[str, Any] = {
+        "config.decay": [name for name, decayed in decays.items() if decayed],
+        "config.no_decay": [name for name, decayed in decays.items() if not decayed],
+    }
+    count = sum(key.startswith("lr_") for key in case.outputs)
+    for number in range(count + 1):
+        batch = make_batch(converted, min(number, count - 1))
+        gradients, loss, _ = differentiate(state.trainable, batch)
+        found[f"loss_{number}"] = loss
+        if number < count:
+            rate = learning_rate(optim, number, epochs=said["max_epoch"], steps_per_epoch=said["iters_per_epoch"])
+            assert rate == pytest.approx(float(case.outputs[f"lr_{number}"]), abs=1e-12)
+            state, _ = step(state, frozen, batch, np.float32(rate))
+            for name, values in converted.to_source(gradients).items():
+                found[f"step{number + 1}_grad_{name}"] = values
+            for name, values in converted.to_source(state.trainable).items():
+                found[f"step{number + 1}_{name}"] = values
+    return found
+
+
+_NAMES = {"llama_proj.weight": "kernel", "llama_proj.bias": "bias"}
+
+
+def make_batch(converted: Converted, number: int) -> dict[str, np.ndarray]:
+    """The recorded pictures are normalised already: what the step normalises to them stands for their bytes."""
+    case, tokenizer = converted.case, load_llama_tokenizer(converted.model_dir / "tokenizer")
+    rows = [
+        training_sequence(tokenizer, None, answer, tokens_per_image=converted.config.tokens_per_image, **STAGE1)
+        for answer in case.config["answers"]
+    ]
+    batch = pad_sequences(rows, max(map(len, rows)), pad_id=tokenizer.pad_id)
+    names = sorted(name for name in case.inputs if name.startswith("image"))
+    pixels = (case.pixels(names[min(number, len(names) - 1)]) * STD + MEAN) * 255.0
+    return {**vars(batch), "pixels": pixels[:, None]}
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Converted]:
+    """The case's model with the projection that the recorded steps began with."""
+
+    def convert_start(case: Case) -> Converted:
+        begun = next(path for path in case.files_of_roles["projection"] if not is_end(case, path))
+        return convert_case(case, tmp_path_factory.mktemp(str(case)) / "model", projection=begun)
+
+    return cache(convert_start)
+
+
+def is_end(case: Case, path: Path) -> bool:
+    """Whether a file holds the parameters after the last step: told by its values, not by its name."""
+    last = sum(key.startswith("lr_") for key in case.outputs)
+    source = open_source(path)
+    return all(np.array_equal(source.read(name), case.outputs[f"step{last}_{name}"]) for name in _NAMES)
+
+
+@pytest.fixture(scope="module")
+def results(start: Callable[[Case], Converted]) -> Callable[[Case], dict[str, Any]]:
+    return cache(lambda case: run(start(case)))
+
+
+@pytest.mark.parametrize(("case", "quantity"), recorded("adamw_minigpt4", *TRAJECTORY))
+def test_trajectory(case: Case, quantity: str, results: Any, compare: Compare) -> None:
+    actual = results(case)[quantity]
+    if quantity.startswith("config."):
+        compare.equal(sorted(actual), sorted(case.config[quantity.removeprefix("config.")]))
+    elif "_grad_" in quantity:
+        compare.gradients({quantity: actual}, {quantity: case.outputs[quantity]})
+    else:
+        compare.close(actual, case.outputs[quantity], LOSS if quantity.startswith("loss") else PARAMETER)
