@@ -1,10 +1,11 @@
 """From a model directory back to the files of the original programs: the same tables, read backwards.
 
-* ``minigpt4``: the ``.pth`` that MiniGPT-4 saves and loads, ``{"model": {llama_proj.weight, llama_proj.bias}}``
+* ``minigpt4``: the ``.pth`` that MiniGPT-4 saves and loads, ``{"model": {llama_proj.weight, llama_proj.bias}}``,
+  with LoRA adapters as MiniGPT-v2 saves them
 * ``lavis``: a directory with ``eva_vit_g.pth``, ``blip2_pretrained.pth`` and ``pretrained_minigpt4.pth``,
   of which a model has what it has
 * ``hf``: a Hugging Face directory: LLaMA, Blip2ForImageTextRetrieval, InstructBlip, and MiniGPT-4 with a
-  Q-Former as Blip2ForConditionalGeneration with a LLaMA inside
+  Q-Former as Blip2ForConditionalGeneration with a LLaMA inside; LoRA adapters are merged into it
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ import numpy as np
 from mgpt4_jax.checkpoint import ModelManifest, new_directory, read_leaf, read_manifest
 from mgpt4_jax.config import ModelConfig
 from mgpt4_jax.errors import UserError
+from mgpt4_jax.models.lora import merging
 
-from . import eva, llama, qformer
+from . import eva, llama, lora, qformer
 from .hf_config import export_config
 from .readers import import_torch
 from .rules import Alias, Entry, Rule, Table, read_back
@@ -74,11 +76,18 @@ def _export_minigpt4(model_dir: Path, manifest: ModelManifest, out: Path, overwr
         raise UserError(f"{model_dir}: is no MiniGPT-4 but {manifest.config.architecture}; try --format hf or lavis")
     if out.is_dir() or (out.exists() and not overwrite):
         raise UserError(f"{out}: exists already; choose another name or pass --overwrite")
-    table = projection_table(manifest.config, "llama_proj")
+    table = trained_table(manifest.config)
     tensors = read_back(table, functools.partial(read_leaf, model_dir))
     out.parent.mkdir(parents=True, exist_ok=True)
     save_torch(out, _state(table, tensors), wrapped=True)
     return out
+
+
+def trained_table(config: ModelConfig) -> list[Entry]:
+    """What a checkpoint of training holds: the projection and, as in MiniGPT-v2, the adapters."""
+    name = "llm" if config.architecture == "instructblip" else "llama"
+    adapters = lora.lora(config.llama, lora.ROOT.format(name)) if config.llama.lora is not None else []
+    return [*projection_table(config, f"{name}_proj"), *adapters]
 
 
 def projection_table(config: ModelConfig, name: str) -> list[Entry]:
@@ -104,9 +113,9 @@ def lavis_tables(model_dir: Path, manifest: ModelManifest) -> Mapping[str, Table
     if reader:
         tables["blip2_pretrained.pth"] = reader
     if config.architecture == "minigpt4":
-        tables["pretrained_minigpt4.pth"] = projection_table(config, "llama_proj")
+        tables["pretrained_minigpt4.pth"] = trained_table(config)
     if config.architecture == "instructblip":
-        tables["blip2_pretrained.pth"] += projection_table(config, "llm_proj")
+        tables["blip2_pretrained.pth"] += trained_table(config)
     if not tables:
         raise UserError(f"{model_dir}: is a language model alone, which LAVIS does not save; use --format hf")
     return tables
@@ -154,13 +163,19 @@ def _export_hugging_face(
     model_dir: Path, manifest: ModelManifest, out: Path, overwrite: bool, progress: Progress | None
 ) -> list[Path]:
     table = hugging_face_table(model_dir, manifest.config)
-    tensors = read_back(table, functools.partial(read_leaf, model_dir))
+    tensors = read_back(table, _merged(model_dir, manifest.config))
     with new_directory(out, marks=("config.json",), overwrite=overwrite) as partial:
         _write_json(partial / "config.json", export_config(manifest.config, dict(manifest.dtypes)))
         _save_shards(partial, tensors, manifest.dtypes, progress)
         _copy_tokenizers(model_dir, partial, manifest.config)
         names = sorted(path.relative_to(partial) for path in partial.rglob("*") if path.is_file())
     return [out / name for name in names]
+
+
+def _merged(model_dir: Path, config: ModelConfig) -> Callable[[str, int | None], np.ndarray]:
+    """Reads parameters with the adapters merged in: Hugging Face's classes have none."""
+    read = merging(None if config.llama is None else config.llama.lora, functools.partial(read_leaf, model_dir))
+    return lambda path, row: np.asarray(read(path, row))
 
 
 def hugging_face_table(model_dir: Path, config: ModelConfig) -> Table:

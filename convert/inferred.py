@@ -121,6 +121,8 @@ def guess_template(config: ModelConfig) -> str:
     """The conversation the published weights were trained with; ``--template`` overrides it."""
     if config.architecture != "minigpt4":
         return "instructblip" if config.architecture == "instructblip" else "none"
+    if config.llama.lora is not None and config.qformer is None:
+        return "minigpt_v2"
     return "vicuna_v0" if config.qformer is not None else "llama2"
 
 

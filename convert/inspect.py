@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from mgpt4_jax.checkpoint import flatten, read_manifest
 from mgpt4_jax.models import abstract_params
 
 from .inferred import count_layers
+from .lora import find_adapters
 from .readers import FLOAT_DTYPES, Source, TensorInfo, open_source
 
 _SHOWN = 24
@@ -102,6 +104,9 @@ def _inspect_model(path: Path) -> Inspection:
     parts = [name for name in ("vit", "qformer", "llama") if getattr(manifest.config, name) is not None]
     made = ", ".join(dict.fromkeys(source.name for source in manifest.sources)) or "nothing (initialised here)"
     what = f"a model directory: {manifest.config.architecture} ({', '.join(parts)}), made from {made}"
+    if manifest.base is not None:
+        count = sum(math.prod(tensors[name].shape) for name in manifest.trained)
+        what += f"; {count:,} trained parameters are here, the others in its base {manifest.base.path}"
     files = tuple(sorted(file for file in (path / "params").rglob("*") if file.is_file()))
     size = sum(file.stat().st_size for file in files)
     formats = {"minigpt4": ["minigpt4", "lavis", "hf"], "llama": ["hf"], "encoder": ["lavis"]}
@@ -117,9 +122,7 @@ def _describe(source: Source) -> tuple[str, list[str], list[str]]:
     keys = source.tensors()
     if source.config is not None:
         return _describe_hugging_face(keys, source.path, source.config)
-    if any(".lora_" in key for key in keys):
-        return "LoRA weights of MiniGPT-v2", [], ["LoRA is not converted yet; merge it into the language model first"]
-    sides = [words for words in (_vit(keys), _qformer(keys), *_projections(keys)) if words]
+    sides = [words for words in (_vit(keys), _qformer(keys), *_projections(keys), _adapters(source)) if words]
     if not sides:
         return f"{source.kind} weights of an unknown model", [], ["nothing here can convert it"]
     can_become = []
@@ -164,6 +167,11 @@ def _projections(keys: Mapping[str, TensorInfo]) -> list[str]:
         if (info := keys.get(f"{name}.weight")) is not None and len(info.shape) == 2:
             texts.append(f"projection into {language} ({info.shape[1]} -> {info.shape[0]})")
     return texts
+
+
+def _adapters(source: Source) -> str:
+    found = find_adapters(source)
+    return "" if found is None else f"LoRA adapters of rank {found.config.rank} on {', '.join(found.config.targets)}"
 
 
 def _describe_hugging_face(

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from mgpt4_jax.config import LlamaConfig, ModelConfig, QformerConfig, VitConfig
 from mgpt4_jax.errors import UserError
 
-from . import eva, llama, qformer
+from . import eva, llama, lora, qformer
 from .hf_config import llama_config
 from .inferred import (
     Inferred,
@@ -50,9 +50,10 @@ class LavisFiles:
     def __init__(self, sources: Mapping[str, Source], overrides: Overrides, allow_llm_mismatch: bool):
         self.sources, self.overrides, self.allow_llm_mismatch = sources, overrides, allow_llm_mismatch
         files = {role: source for role, source in sources.items() if role != "llm"}
-        for source in files.values():
-            _refuse_lora(source)
         self.owner = {side: _owner(side, files) for side in _MARKERS}
+        adapters = {role: lora.find_adapters(files[role]) for role in _DEFAULT_PRECEDENCE if role in files}
+        self.owner["lora"] = next((role for role, found in adapters.items() if found is not None), None)
+        self.adapters = adapters.get(self.owner["lora"])
 
     def infer(self) -> Inferred:
         config, vit_parts = self._config()
@@ -66,7 +67,8 @@ class LavisFiles:
         resized = None
         if config.vit is not None and grid != config.vit.grid_size:
             resized = resized_note(grid, config.vit)
-        return Inferred(config, parts, guess_template(config), resized)
+        warning = lora.assumed_alpha(self.overrides) if self.adapters is not None else None
+        return Inferred(config, parts, guess_template(config), resized, [] if warning is None else [warning])
 
     def _source(self, side: str) -> Source | None:
         role = self.owner[side]
@@ -75,6 +77,8 @@ class LavisFiles:
     def _config(self) -> tuple[ModelConfig, tuple[int, int]]:
         llm = self.sources.get("llm")
         llama_part = None if llm is None else llama_config(llm.config, llm.path)
+        if llama_part is not None and self.adapters is not None:
+            llama_part = dataclasses.replace(llama_part, lora=self.adapters.config)
         vit, grid, layers = None, 0, 0
         if (source := self._source("vit")) is not None:
             vit, grid, layers = lavis_vit_config(source, self.overrides)
@@ -111,6 +115,8 @@ class LavisFiles:
             raise UserError(f"{file.path}: holds no llama_proj; --projection wants pretrained_minigpt4.pth")
         if self.owner["projection"] is not None and not has_llm:
             raise UserError(f"{self._source('projection').path}: holds a projection; add --llm, what it projects into")
+        if self.owner["lora"] is not None and not has_llm:
+            raise UserError(f"{self._source('lora').path}: holds LoRA adapters; add --llm, what they adapt")
         sides = ("ln_vision", "heads", "projection", *(("qformer",) if has_llm else ()))
         role = next((self.owner[side] for side in sides if self.owner[side] is not None), None)
         if not has_vit and role is not None:
@@ -194,6 +200,10 @@ class LavisFiles:
                 table += llama.projection(name, source.tensors()[f"{name}.weight"].shape[1], config.llama.hidden_size)
             else:
                 table.append(Ignore(rf"{name}\..*", self._elsewhere("projection", "the projection")))
+        if self.owner["lora"] == role:
+            table += lora.lora(config.llama, self.adapters.root, self.adapters.infix)
+        else:
+            table.append(Ignore(r".*\.lora_[AB]\..*", self._elsewhere("lora", "the set of LoRA adapters")))
         return table
 
     def _reads_ln_vision(self, role: str, config: ModelConfig) -> bool:
@@ -224,14 +234,6 @@ def _owner(side: str, files: Mapping[str, Source]) -> str | None:
         if role in files and any(marker in files[role].tensors() for marker in _MARKERS[side]):
             return role
     return None
-
-
-def _refuse_lora(source: Source) -> None:
-    if lora := next((key for key in source.tensors() if ".lora_" in key), None):
-        raise UserError(
-            f"{source.path}: holds LoRA weights ({lora}), which are not supported yet; "
-            "merge them into the language model (peft's merge_and_unload) and save the rest"
-        )
 
 
 def lavis_vit_config(source: Source, overrides: Overrides) -> tuple[VitConfig, int, int]:

@@ -41,6 +41,7 @@ _RENAMES = (
     (r"vision_proj\.(.*)", r"vision_projection.\1"),
     (r"text_proj\.(.*)", r"text_projection.\1"),
     (r"ll(?:ama|m)_proj\.(.*)", r"language_projection.\1"),
+    (r"(?:.*\.)?(model\.layers\..*\.lora_[AB])(?:\.default)?\.weight", rf"{LANGUAGE}.\1.weight"),
     (r"((?:model|lm_head)\..*)", rf"{LANGUAGE}.\1"),
 )
 
@@ -67,6 +68,10 @@ class Reference:
     def has(self, prefix: str) -> bool:
         return any(name.startswith(prefix) for name in self._owner)
 
+    @property
+    def has_adapters(self) -> bool:
+        return any(".lora_A." in name for name in self._owner)
+
     def tensor(self, name: str) -> Any:
         """One tensor, float32."""
         if name not in self._owner:
@@ -88,13 +93,18 @@ class Reference:
 
     def load(self, make: Callable[[], Any], prefix: str) -> Any:
         """The module that ``make`` gives, every parameter from the files and every file's key in a parameter."""
-        names = [name for name in self._owner if name.startswith(prefix) and "rotary_emb" not in name]
+        names = [name for name in self._owner if name.startswith(prefix) and not self._is_left_out(name)]
         state = {name.removeprefix(prefix): self.tensor(name) for name in names}
         if "self_attn.q_bias" in state:  # EVA keeps two biases; its keys have none
             query, value = state.pop("self_attn.q_bias"), state.pop("self_attn.v_bias")
             state["self_attn.qkv.bias"] = self.torch.cat([query, self.torch.zeros_like(query), value])
         state.pop("position_ids", None)
         return self._fill(make, state, prefix)
+
+    def _is_left_out(self, name: str) -> bool:
+        """Buffers, and adapters that the model has other ones of."""
+        is_adapted = self.config.llama is not None and self.config.llama.lora is not None
+        return "rotary_emb" in name or (".lora_" in name and not is_adapted)
 
     def _fill(self, make: Callable[[], Any], state: dict[str, Any], prefix: str) -> Any:
         with self.torch.device("meta"):
@@ -236,7 +246,30 @@ class Reference:
     def llama_layer(self, index: int) -> Any:
         from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-        return self.load(lambda: LlamaDecoderLayer(self.llama_config, index), f"{LANGUAGE}.model.layers.{index}.")
+        prefix = f"{LANGUAGE}.model.layers.{index}."
+        return self.load(lambda: self._adapted(LlamaDecoderLayer(self.llama_config, index), prefix), prefix)
+
+    def _adapted(self, layer: Any, prefix: str) -> Any:
+        """``layer`` with peft's formula in the place of each matrix that has an adapter."""
+        lora, nn = self.config.llama.lora, self.torch.nn
+        if lora is None:
+            return layer
+
+        class Adapted(nn.Linear):
+            def __init__(self, inputs: int, outputs: int):
+                super().__init__(inputs, outputs, bias=False)
+                self.lora_A = nn.Linear(inputs, lora.rank, bias=False)
+                self.lora_B = nn.Linear(lora.rank, outputs, bias=False)
+
+            def forward(self, x: Any) -> Any:
+                return super().forward(x) + self.lora_B(self.lora_A(x)) * (lora.alpha / lora.rank)
+
+        for block in (layer.self_attn, layer.mlp):
+            for name, linear in list(block.named_children()):
+                path = f"{prefix}{'mlp' if block is layer.mlp else 'self_attn'}.{name}"
+                if f"{path}.lora_A.weight" in self._owner:
+                    setattr(block, name, Adapted(linear.in_features, linear.out_features))
+        return layer
 
     def llama_rotary(self, positions: Any) -> tuple[Any, Any]:
         from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding

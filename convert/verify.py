@@ -55,9 +55,10 @@ def verify(
 
     An error passes if it is within ``tolerance * (1 + the largest entry of its vector)``. ``golden`` is a
     directory of recorded outputs of the original programs. ``progress(done, total)`` counts layers.
-    Raises ``UserError`` if a file is not the one that was converted (its sha256 differs), or without PyTorch.
+    What was trained since the conversion is not compared. Raises ``UserError`` if a file is not the one that was
+    converted (its sha256 differs), or without PyTorch.
     """
-    manifest = read_manifest(model_dir)
+    manifest, trained = _as_converted(read_manifest(model_dir))
     paths = {"vit": vit, "qformer": qformer, "llm": llm, "llm_delta": llm_delta, "projection": projection}
     paths = {role: path for role, path in {**paths, "model": from_dir}.items() if path is not None}
     if not paths and golden is None:
@@ -65,6 +66,7 @@ def verify(
     sources = {role: open_source(path) for role, path in paths.items()}
     _check_hashes(Path(model_dir), manifest, sources)
     table = Comparison(Path(model_dir), manifest, tolerance, progress)
+    table.skipped += [f"{name}: trained since the conversion" for name in trained]
     with jax.default_matmul_precision("highest"), jax.default_device(jax.devices("cpu")[0]):
         if sources:
             reference = Reference(sources, manifest.config)
@@ -73,6 +75,21 @@ def verify(
         if golden is not None:
             compare_recorded(table, Path(golden))
     return VerifyReport(str(model_dir), tolerance, tuple(table.rows), tuple(table.skipped))
+
+
+def _as_converted(manifest: ModelManifest) -> tuple[ModelManifest, list[str]]:
+    """(the manifest without the parts that were trained since, their names)."""
+    config, trained = manifest.config, set(manifest.trained)
+    adapters = {path for path in trained if "_lora/" in path}
+    if adapters:
+        config = replace(config, llama=replace(config.llama, lora=None))
+    parts = sorted({path.split("/")[0] for path in trained - adapters})
+    dtypes = {
+        path: dtype
+        for path, dtype in manifest.dtypes.items()
+        if path.split("/")[0] not in parts and path not in adapters
+    }
+    return replace(manifest, config=config, dtypes=dtypes), parts + ["LoRA adapters"] * bool(adapters)
 
 
 def _check_hashes(model_dir: Path, manifest: ModelManifest, sources: Mapping[str, Source]) -> None:
@@ -97,16 +114,23 @@ def _compare_parts(table: Comparison, reference: Reference, *, complete: bool) -
     wanted: dict[str, tuple[Any, str]] = {
         "vit": (config.vit, f"{VISION}.encoder"),
         "qformer": (config.qformer, QFORMER),
-        "llama": (config.llama, LANGUAGE),
+        "llama": (config.llama, f"{LANGUAGE}.model.embed_tokens"),
     }
-    given = [name for name, (part, prefix) in wanted.items() if part is not None and reference.has(prefix)]
-    table.skipped += [
-        f"{name}: its file was not given" for name, (part, _) in wanted.items() if part and name not in given
-    ]
+    held = {path.split("/")[0] for path in table.manifest.dtypes}
+    wanted = {name: pair for name, pair in wanted.items() if name in held}
+    given = [name for name, (_, prefix) in wanted.items() if reference.has(prefix)]
+    table.skipped += [f"{name}: its file was not given" for name in wanted if name not in given]
+    if "llama" in given and config.llama.lora is not None and not reference.has_adapters:
+        table.skipped.append("llama: the file of its LoRA adapters was not given")
+        given.remove("llama")
     table.num_layers = sum(wanted[name][0].num_layers for name in given)
     pair = _random_tokens(config)
     if "vit" in given:
-        pair = _compare_vit(table, reference, has_norm=complete or reference.has(NORM))
+        has_norm = "ln_vision/scale" in table.manifest.dtypes
+        if has_norm and not (complete or reference.has(NORM)):
+            table.skipped.append("ln_vision: its file was not given")
+            has_norm = False
+        pair = _compare_vit(table, reference, has_norm=has_norm)
     if "qformer" in given:
         pair = compare_qformer(table, reference, pair)
     elif config.qformer is not None:
@@ -153,7 +177,6 @@ def _compare_vit(table: Comparison, reference: Reference, *, has_norm: bool) -> 
         table.layer_done()
     table.add_pair("vit, all blocks", pair)
     if not has_norm:
-        table.skipped.append("ln_vision: its file was not given")
         return pair
     norm, params = reference.vision_norm(), table.params("ln_vision")
     module = layer_norm(config.output_norm_eps, name="ln_vision", dtype=jnp.float32)

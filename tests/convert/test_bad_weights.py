@@ -254,9 +254,6 @@ def test_parts_that_do_not_belong_together(tmp_path):
     refused(tmp_path, "holds no llama_proj", vit=VIT, llm=LLM, projection=QFORMER)
     refused(tmp_path, "needs --llm", vit=VIT, llm_delta=LLM)
     refused(tmp_path, "is a whole model; leave out --vit", vit=VIT, from_dir=LLM)
-    lora = GOLDEN / "minigptv2_lora"
-    files = {"vit": lora / "eva_vit_g.pth", "llm": lora / "llm", "projection": lora / "checkpoint_stage3.pth"}
-    refused(tmp_path, "holds LoRA weights", **files)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -184,7 +184,10 @@ def test_shared_and_strided_tensors(tmp_path):
         (STAGE1, ("with its text side and stage 1's heads", "give no --llm")),
         (LLM, ("Hugging Face LLaMA (2 layers of width 48)", "--llm")),
         (GOLDEN / "adamw_minigpt4" / "checkpoint_0.pth", ("a training run's checkpoint: optimizer, config",)),
-        (GOLDEN / "minigptv2_lora" / "checkpoint_stage3.pth", ("LoRA weights",)),
+        (
+            GOLDEN / "minigptv2_lora" / "checkpoint_stage3.pth",
+            ("projection into LLaMA", "LoRA adapters of rank 4 on query, value", "--projection"),
+        ),
         (GOLDEN / "blip2_opt" / "opt_model", ("model_type 'opt' is not converted",)),
         (GOLDEN / "eva_a" / "ln_vision.safetensors", ("ln_vision alone",)),
     ],
