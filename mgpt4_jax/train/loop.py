@@ -25,6 +25,7 @@ from mgpt4_jax.train.curves import draw_curves
 from mgpt4_jax.train.flops import peak_flops
 from mgpt4_jax.train.monitor import LossGuard, Monitor, Speed
 from mgpt4_jax.train.run import Signals, check_unchanged, run_directory, write_config
+from mgpt4_jax.train.run_log import read_losses
 from mgpt4_jax.train.setup import Data, Plan, Programs, device_arrays, load_state, make_plan, open_data, weight_table
 from mgpt4_jax.train_config import TrainConfig, train_config_to_dict
 from mgpt4_jax.typing import Params
@@ -95,7 +96,6 @@ class _Trainer:
     def __post_init__(self) -> None:
         self.config = self.plan.config
         self.checkpoints = Checkpoints(self.run / "checkpoints", self.config.checkpoint)
-        self.guard = LossGuard(self.config.log.spike_factor)
         self.bad = BadSamples(self.config.data.max_bad_share)
 
     # -- beginning ------------------------------------------------------------------------------
@@ -126,6 +126,8 @@ class _Trainer:
                 )
         elif (self.run / "log.jsonl").exists():
             self.events = ["starts again from the beginning: an earlier start saved nothing"]
+        losses = read_losses(self.run / "log.jsonl") if (self.run / "log.jsonl").exists() else {}
+        self.guard = LossGuard(self.config.log.spike_factor, (losses[step] for step in losses if step <= self.start))
         if is_main():
             write_config(self.run, self.about["config"])
         self.programs = Programs(self.plan, self.frozen, self.say)
@@ -151,7 +153,7 @@ class _Trainer:
         with Signals() as signals, monitor as self.monitor, self.data.loader.batches(self.start) as batches:
             for event in self.events:
                 monitor.event(self.start, event)
-            while done < total and not any_process(signals.received is not None):
+            while done < total and not self._is_told_to_stop(done, signals):
                 with self._profiled(done + 1):
                     self._step(done, batches)
                 done += 1
@@ -162,6 +164,12 @@ class _Trainer:
             self.checkpoints.wait()
             self._finish(done)
         return Outcome(done, signals.received if done < total else None, self.validation_loss)
+
+    def _is_told_to_stop(self, done: int, signals: Signals) -> bool:
+        """Several hosts must stop at the same step; they ask each other now and then, since that waits for devices."""
+        if jax.process_count() == 1:
+            return signals.received is not None
+        return _is_due(done, self.config.log.every) and any_process(signals.received is not None)
 
     def _step(self, done: int, batches: Iterator[TrainBatch]) -> None:
         """Start step number ``done + 1`` and, while it runs, report the one before."""
@@ -177,7 +185,9 @@ class _Trainer:
         self.pending = _Pending(done + 1, metrics, batch, rate, wait, self.programs.flops[length])
 
     def _agreed(self, batch: TrainBatch) -> TrainBatch:
-        """Padded to the longest bucket that any host needs for this step."""
+        """Padded to the longest bucket that any host needs for this step; with one bucket nobody need ask."""
+        if len(self.data.buckets) == 1:
+            return batch
         return pad_batch(batch, agree_max(batch.ids.shape[1]), pad_id=self.data.rows.tokenizer.pad_id)
 
     def _settle(self) -> None:

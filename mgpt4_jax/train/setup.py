@@ -230,12 +230,16 @@ class Programs:
         text = (
             f"the step for rows of {length} takes {readable(work)}{room} on each device, beside {held} that it is given"
         )
-        self._say(f"{text} (compiled in {seconds:.0f} s, {self.flops[length] / 1e12:.3g} TFLOP)")
+        self._say(f"{text} (compiled in {seconds:.0f} s, {_flops(self.flops[length])})")
         if free is not None and work > free:
             raise UserError(
                 f"{text}: it does not fit; raise accumulation (now {self._plan.config.accumulation}), set remat: true, "
                 "lower batch_size, or cut the model over more devices with --mesh fsdp=N"
             )
+
+
+def _flops(count: float) -> str:
+    return f"{count / 1e12:.1f} TFLOP" if count > 5e10 else f"{count / 1e9:.3g} GFLOP"
 
 
 def device_arrays(batch: TrainBatch) -> dict[str, np.ndarray]:

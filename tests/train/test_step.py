@@ -1,4 +1,4 @@
-"""The train step: sharded = unsharded, parts = whole, frozen parameters untouched and not differentiated, NaN harmless."""
+"""The train step: sharded = unsharded, parts = whole, nothing frozen is differentiated, a NaN changes nothing."""
 
 from __future__ import annotations
 
