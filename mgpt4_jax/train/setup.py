@@ -223,8 +223,8 @@ class Programs:
         """Say what the step takes, and refuse it if that is more than the device has left."""
         memory = compiled.memory_analysis()
         work = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-        device = self._plan.mesh.local_devices[0]
-        free = free_memory(device, jax.local_device_count() if device.platform == "cpu" else 1)
+        devices = self._plan.mesh.local_devices
+        free = free_memory(devices[0], len(devices))
         room = "" if free is None else f" of {readable(free)} free"
         held = readable(memory.argument_size_in_bytes)
         text = (
