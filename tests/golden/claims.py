@@ -59,6 +59,8 @@ TRAINING_TRANSFORM = ("train_[0-9]*",)
 CAPTIONS = ("captions.*",)
 SCHEDULES = ("*_lr",)
 TRAJECTORY = ("loss_*", "step*_llama_proj.*", "step*_grad_llama_proj.*", "config.decay", "config.no_decay")
+ADAPTED = ("logits", "loss", "grads")
+ADAPTED_FILE = ("config.checkpoint_keys", "config.trainable")
 SAVED = ("config.saved_checkpoint_model_keys",)
 
 CHECKED = {
@@ -68,6 +70,7 @@ CHECKED = {
     "blip2_retrieval": RETRIEVAL,
     "minigpt4": (*SPECIAL_IDS, *TRAINING, *SEGMENTS, *CONTEXTS, *GREEDY, *STOP_TEST, *CHAT),
     "minigptv2": (*SPECIAL_IDS, *TRAINING),
+    "minigptv2_lora": (*ADAPTED, *ADAPTED_FILE),
     "lr_schedule": SCHEDULES,
     "adamw_minigpt4": (*TRAJECTORY, *SAVED),
     "preprocess": (*EVALUATION_TRANSFORM, *RESIZED, *TRAINING_TRANSFORM, *CAPTIONS),

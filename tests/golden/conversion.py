@@ -83,4 +83,6 @@ def overrides_of(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             "layer_norm_eps": reader.get("layer_norm_eps"),
         },
     }
+    if "lora" in config:
+        named["llama"] = {"lora": {"alpha": float(config["lora"]["alpha"])}}
     return {part: {key: value for key, value in fields.items() if value is not None} for part, fields in named.items()}

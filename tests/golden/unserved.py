@@ -13,7 +13,6 @@ STAGE2_TRAINING = "training of MiniGPT-4"
 BEAMS = "beam search"
 OPT = "BLIP-2 on OPT"
 T5 = "BLIP-2 on FlanT5"
-LORA = "LoRA"
 OPTIMISER = "optimiser and schedules"
 EVALUATION = "evaluation"
 NOT_RECORDED = "nothing: the answers that were ranked are not recorded"
@@ -22,7 +21,6 @@ UNSERVED = {
     "adamw_stage1": {"*": OPTIMISER},
     "blip2_opt": {"*": OPT},
     "blip2_t5": {"*": T5},
-    "minigptv2_lora": {"*": LORA},
     "blip2_ranks": {"*": STAGE1_TRAINING},
     "blip2_stage1": {
         "weights_[it]2[it]": STAGE1_TRAINING,
