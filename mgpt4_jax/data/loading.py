@@ -91,8 +91,13 @@ class Loader:
         """The batches of the steps ``start``, ``start + 1`` and so on, without end.
 
         To be closed, best by a ``with`` statement.
+
+        Raises:
+          TrainingStopped: 100 samples of a source were tried for one row (fewer if it has not so many) and all are bad.
+          UserError: a worker process died.
         """
-        return self._prefetch(_BatchMaker(self._settings, self._sources, self._order), start, None)
+        maker = _BatchMaker(self._settings, self._sources, self._order)
+        return self._prefetch(maker, start, None, self._data.num_workers)
 
     def validation_batches(self, sources: Sequence[Source], *, limit: int = 0) -> Prefetcher[TrainBatch]:
         """Every sample of ``sources`` once, in order, never cropped; the last batch is filled with empty rows.
@@ -105,7 +110,8 @@ class Loader:
         order = SequentialOrder(_sizes(sources), self._batch_size)
         settings = dataclasses.replace(self._settings, crops=False, validates=True)
         count = min(len(order), limit) if limit else len(order)
-        return self._prefetch(_BatchMaker(settings, tuple(sources), order), 0, count)
+        workers = min(self._data.num_workers, count) if count > 1 else 0  # one batch is sooner made than a process
+        return self._prefetch(_BatchMaker(settings, tuple(sources), order), 0, count, workers)
 
     def fingerprint(self) -> str:
         """Of all that decides what a batch holds; the same for any number of workers, threads and processes.
@@ -126,16 +132,15 @@ class Loader:
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
-    def _prefetch(self, maker: _BatchMaker, start: int, stop: int | None) -> Prefetcher[TrainBatch]:
-        data = self._data
+    def _prefetch(self, maker: _BatchMaker, start: int, stop: int | None, workers: int) -> Prefetcher[TrainBatch]:
         return Prefetcher(
             maker,
             TrainBatch,
             start=start,
             stop=stop,
-            num_workers=data.num_workers,
-            num_threads=data.num_threads,
-            ready=data.prefetch,
+            num_workers=workers,
+            num_threads=self._data.num_threads,
+            ready=self._data.prefetch,
             bytes_per_batch=self._settings.batch_bytes,
         )
 
@@ -254,7 +259,7 @@ class _BatchMaker:
                 bad.append(_describe(sample, error))
         if self._settings.validates:
             return empty
-        raise UserError(
+        raise TrainingStopped(
             f"{source.name}: {len(bad) - tried} samples were tried for one row and all are bad; the last: {bad[-1]}"
         )
 

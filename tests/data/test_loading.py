@@ -257,13 +257,15 @@ def test_bad_samples_are_replaced_and_named(make: Make) -> None:
 
 
 def test_a_row_is_never_looked_for_without_end(make: Make) -> None:
-    """One UserError after 100 tries, also through a worker process."""
+    """One error after 100 tries, also through a worker process."""
     source = MemorySource("gone", 5000, bad=frozenset(range(5000)))
-    with pytest.raises(UserError, match="gone: 100 samples were tried for one row and all are bad; the last: gone/"):
+    with pytest.raises(
+        TrainingStopped, match="gone: 100 samples were tried for one row and all are bad; the last: gone/"
+    ):
         take(make([source], weights=[1]), 1)
-    with pytest.raises(UserError, match="gone: 100 samples were tried for one row"):
+    with pytest.raises(TrainingStopped, match="gone: 100 samples were tried for one row"):
         take(make([source], weights=[1], data={"num_workers": 1}), 1)
-    with pytest.raises(UserError, match="few: 3 samples were tried"):
+    with pytest.raises(TrainingStopped, match="few: 3 samples were tried"):
         take(make([MemorySource("few", 3, bad=frozenset(range(3)))], weights=[1]), 1)
 
 
@@ -315,6 +317,14 @@ def test_validation_counts_each_sample_once(make: Make, workers: int) -> None:
                 np.testing.assert_array_equal(batch.pixels[row, 0], resize(image, SIZE))
     with loader.validation_batches(sources, limit=2) as batches:
         assert_same(list(batches), found[:2])
+
+
+def test_one_batch_of_validation_starts_no_worker(make: Make) -> None:
+    before = multiprocessing.active_children()
+    loader = make(data={"num_workers": 2})
+    with loader.validation_batches([MemorySource("v", 30)], limit=1) as batches:
+        assert len(list(batches)) == 1
+        assert multiprocessing.active_children() == before
 
 
 def test_validation_over_processes_counts_each_sample_once(make: Make) -> None:
