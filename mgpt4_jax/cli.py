@@ -251,10 +251,9 @@ def _add_index(parser: ArgumentParser) -> None:
 
 
 def _index(arguments: Namespace) -> int:
-    from mgpt4_jax.data.files import find_files
-    from mgpt4_jax.data.tar_index import TarIndex, try_index_tars
+    from mgpt4_jax.data.tar_index import TarIndex, find_tars, try_index_tars
 
-    paths = find_files(arguments.pattern, "*.tar")
+    paths = find_tars(arguments.pattern)
     with progress("indexing") as report:
         found = try_index_tars(paths, report, arguments.processes)
     errors = [index for index in found if isinstance(index, UserError)]

@@ -18,7 +18,7 @@ body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1200p
 h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2.5em; border-top: 1px solid #d5dae1; padding-top: 1em; }
 .good { color: #17734a; } .bad { color: #b3261e; } .dim { color: #667484; }
 table { border-collapse: collapse; } td { padding: 0 .6em 0 0; white-space: nowrap; }
-.bar { background: #6f9bd1; height: .8em; min-width: 1px; }
+.bar { background: #6f9bd1; height: .8em; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(240px, 1fr)); gap: 1em; margin-top: 1em; }
 .card { border: 1px solid #d5dae1; border-radius: 6px; padding: .7em; overflow: hidden; }
 .card img, .none { width: 100%; aspect-ratio: 1; border-radius: 4px; display: block; background: #eef1f5; }
@@ -84,7 +84,7 @@ def _section(report: Report) -> str:
         more = len(report.bad) - MAX_BAD
         parts.append(f'<h3 class="bad">Bad samples</h3>\n<ol class="list">{rows}</ol>')
         parts += [f'<p class="dim">and {more:,} more</p>'] if more > 0 else []
-    cards = "\n".join(map(_card, report.shown))
+    cards = "\n".join(_card(shown, report.unit) for shown in report.shown)
     return "\n".join([*parts, f'<div class="cards">\n{cards}\n</div>'])
 
 
@@ -99,7 +99,7 @@ def _bars(report: Report) -> str:
     return f'<table aria-label="answers by their length in {report.unit}">{rows}</table>'
 
 
-def _card(shown: Shown) -> str:
+def _card(shown: Shown, unit: str) -> str:
     if shown.jpeg is None:
         picture = '<div class="none">no picture</div>'
     else:
@@ -109,7 +109,7 @@ def _card(shown: Shown) -> str:
     spans = (("before", fed.before), ("predicted", fed.predicted), ("lost", fed.lost))
     words = "".join(f'<span class="{kind}">{_text(text)}</span>' for kind, text in spans if text)
     return (
-        f'<div class="card">{picture}\n<div class="name">{_text(shown.name)}{size} · {fed.length}</div>\n'
+        f'<div class="card">{picture}\n<div class="name">{_text(shown.name)}{size} · {fed.length} {unit}</div>\n'
         f'<div class="text">{words}</div></div>'
     )
 

@@ -168,11 +168,16 @@ def open_tfds(config: SourceConfig) -> Source:
     tfds = _import_tfds()
     try:
         builder = tfds.builder_from_directory(folder)
-        splits, names = tuple(builder.info.splits), tuple(builder.info.features)
+        splits, names = builder.info.splits, tuple(builder.info.features)
     except _tfds_errors() as error:
         raise UserError(f"{folder}: is not a data set that TFDS can read ({_first_line(error)})") from error
-    if config.split not in splits:
-        raise UserError(f"{folder}: has no split {config.split!r}; it has {', '.join(splits)}")
+    try:
+        split = splits[config.split]  # or a part of one, such as train[:95%]
+        files = [Path(file) for file in split.filepaths] if split.num_examples else []
+    except _tfds_errors() as error:
+        raise UserError(f"{folder}: has no split {config.split!r}; it has {', '.join(splits)}") from error
+    if not files:
+        raise UserError(f"{folder}: the split {config.split!r} holds no samples (Loaded 0 records)")
     answer = next((name for name in _TEXT_FEATURES if name in names), None)
     if "image" not in names or answer is None:
         raise UserError(f"{folder}: needs the features image and caption (or answer, text); it has {', '.join(names)}")
@@ -182,7 +187,6 @@ def open_tfds(config: SourceConfig) -> Source:
     except _tfds_errors() as error:
         mend = "prepare it with file_format='array_record'"
         raise UserError(f"{folder}: cannot be read at random ({_first_line(error)}); {mend}") from error
-    files = [Path(file) for file in builder.info.splits[config.split].filepaths]
     described = [_identity(file, file.name, len(records)) for file in files]
     part = TfdsPart(f"{folder} {config.split}", records, answer, " ".join([config.split, *described]))
     return JoinedSource(config.path, config.kind, [part])

@@ -28,7 +28,7 @@ from mgpt4_jax.data.files import (
 )
 from mgpt4_jax.data.images import parse_data_uri
 from mgpt4_jax.data.samples import JoinedSource, Sample, Source, make_sample, parse_object
-from mgpt4_jax.data.tar_index import JSON, PICTURE, TEXT, TarIndex, index_tars
+from mgpt4_jax.data.tar_index import JSON, PICTURE, TEXT, TarIndex, find_tars, index_tars
 from mgpt4_jax.errors import UserError
 from mgpt4_jax.train_config import SourceConfig
 
@@ -105,7 +105,7 @@ class TarPart:
 
 
 def _open_webdataset(config: SourceConfig, report: Report | None) -> Source:
-    paths = find_files(config.path, "*.tar")
+    paths = find_tars(config.path)
     reads = Reads()
     parts = [
         TarPart(path, name, index, reads)

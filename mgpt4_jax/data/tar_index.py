@@ -25,10 +25,11 @@ from typing import BinaryIO
 
 import numpy as np
 
-from mgpt4_jax.data.files import Stamp, refuse_impostor, stamp_of
+from mgpt4_jax.data.files import Stamp, find_files, refuse_impostor, stamp_of
 from mgpt4_jax.errors import UserError
 
 VERSION = 1
+INDEX_SUFFIX = ".index.npz"
 PICTURE, JSON, TEXT = range(3)  # columns
 PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp")  # of several in one sample the first of these counts
 TEXT_SUFFIXES = ("txt", "caption")
@@ -80,6 +81,11 @@ class TarIndex:
         for array in (self.blocks, self.sizes, self.keys, self.key_ends, self.duplicates):
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
+
+
+def find_tars(pattern: str) -> list[Path]:
+    """Tars that a pattern names, as ``find_files`` reads it; ``laion/*`` does not mean the tables beside them."""
+    return [path for path in find_files(pattern, "*.tar") if not path.name.endswith(INDEX_SUFFIX)]
 
 
 def index_tars(paths: Sequence[Path], report: Report | None = None, processes: int | None = None) -> list[TarIndex]:
@@ -146,7 +152,7 @@ def scan_tar(path: Path) -> TarIndex:
 
 def index_path(path: Path) -> Path:
     """Where the table of a tar is kept."""
-    return path.with_name(path.name + ".index.npz")
+    return path.with_name(path.name + INDEX_SUFFIX)
 
 
 def load_index(path: Path) -> TarIndex | None:

@@ -78,11 +78,13 @@ class TokenFeed:
         row = self.rows.row(sample, instruction)
         bucket_for(len(row), self._buckets)
         start = int(np.flatnonzero(row.targets != IGNORED)[0])
-        length, lost = len(row) - start, ""
+        length, lost, predicted = len(row) - start, "", self._spell(row, start, len(row))
         if length >= self.text.max_text_length:
             whole = self._whole_rows.row(sample, instruction)
-            length, lost = len(whole) - start, self._spell(whole, len(row), len(whole))
-        return Fed(self._spell(row, 0, start), self._spell(row, start, len(row)), lost, length, len(row))
+            length, said = len(whole) - start, self._spell(whole, start, len(whole))
+            cut_in_a_character = not said.startswith(predicted)
+            lost = self._spell(whole, len(row), len(whole)) if cut_in_a_character else said[len(predicted) :]
+        return Fed(self._spell(row, 0, start), predicted, lost, length, len(row))
 
     def _spell(self, row: TrainingSequence, start: int, stop: int) -> str:
         """The text of a stretch of a row, its pictures named."""
@@ -182,14 +184,14 @@ class Report:
             counts = self.buckets()
             padding = 1 - sum(self.positions) / sum(length * count for length, count in counts.items())
             used = ", ".join(f"{length}: {count:,}" for length, count in counts.items())
-            found.append(f"rows by the length they are padded to: {used} (alone, {padding:.0%} would be padding)")
+            found.append(f"rows by the length they are padded to: {used}; {padding:.0%} of it is padding")
         if self.smallest and self.largest:
             sizes = " to ".join(f"{width}x{height}" for width, height in (self.smallest, self.largest))
             found.append(f"pictures: {sizes}")
         if self.blind:
-            found.append(f"{self.blind:,} without a picture")
+            found.append(f"without a picture: {self.blind:,}")
         if self.unread:
-            found.append(f"{self.unread:,} have an instruction, which is read with --objective finetune only")
+            found.append(f"with an instruction of their own, which only objective finetune reads: {self.unread:,}")
         return found
 
     def buckets(self) -> dict[int, int]:
@@ -268,21 +270,20 @@ class _Checked:
 
 def _check(source: Source, feed: Feed, index: int, image_size: int) -> _Checked:
     """Read, decode and tokenise one sample; with an ``image_size``, keep its picture."""
-    name = f"sample {index}"
+    prefix = ""  # a source names its samples itself
     try:
         sample = source[index]
-        name = sample.name
+        prefix = f"{sample.name}: "
         fed = feed.read(sample, feed.instructions[0] if feed.instructions else None)
         image = None if sample.image is None else load_image(sample.image)
     except UserError as error:
-        text = str(error)
-        return _Checked(bad=text if name in text or name == f"sample {index}" else f"{name}: {text}")
+        return _Checked(bad=prefix + str(error))
     size = None if image is None else image.size
     shown = None
     if image_size:
-        if feed.instructions:  # any of them may be drawn
-            fed = feed.read(sample, feed.instructions[index % len(feed.instructions)])
-        shown = Shown(name, _jpeg(image, image_size) if image else None, size, fed)
+        drawn = feed.instructions[index % len(feed.instructions)] if feed.instructions else None
+        jpeg = None if image is None else _jpeg(image, image_size)
+        shown = Shown(sample.name, jpeg, size, feed.read(sample, drawn))
     return _Checked(None, fed, size, shown, sample.instruction is not None and not feed.shows_instructions)
 
 

@@ -604,6 +604,11 @@ def test_bad_tfds(configs: dict[str, SourceConfig], tmp_path: Path) -> None:
     good = configs["tfds"]
     with pytest.raises(UserError, match=r"has no split 'test'; it has train"):
         open_source(SourceConfig("tfds", good.path, split="test"))
+    for split in ("train[", "train[:1:2]", "test[:1]", ""):
+        with pytest.raises(UserError, match="has no split"):
+            open_source(SourceConfig("tfds", good.path, split=split))
+    with pytest.raises(UserError, match=r"Loaded 0 records"):
+        open_source(SourceConfig("tfds", good.path, split="train[:0]"))
     with pytest.raises(UserError, match=r"dataset_info\.json: is not there"):
         open_source(SourceConfig("tfds", str(tmp_path)))
     with pytest.raises(UserError, match="needs the features image and caption"):
@@ -618,6 +623,14 @@ def test_bad_tfds(configs: dict[str, SourceConfig], tmp_path: Path) -> None:
             (broken / name).write_bytes(content)
             with pytest.raises(UserError, match="is not a data set that TFDS can read|needs the features"):
                 open_source(SourceConfig("tfds", str(broken)))
+
+
+def test_parts_of_a_split(configs: dict[str, SourceConfig]) -> None:
+    path, captions = configs["tfds"].path, [caption for _, _, caption in PAIRS]
+    first, rest = (open_source(SourceConfig("tfds", path, split=split)) for split in ("train[:3]", "train[3:]"))
+    assert [row[1] for row in read_all(first) + read_all(rest)] == captions
+    assert first.fingerprint() != rest.fingerprint()
+    assert first[0].name.endswith("train[:3]: record 0")
 
 
 def test_tfds_samples_are_checked(tmp_path: Path) -> None:
