@@ -61,6 +61,7 @@ SCHEDULES = ("*_lr",)
 TRAJECTORY = ("loss_*", "step*_llama_proj.*", "step*_grad_llama_proj.*", "config.decay", "config.no_decay")
 ADAPTED = ("logits", "loss", "grads")
 ADAPTED_FILE = ("config.checkpoint_keys", "config.trainable")
+TRAINED = ("config.trainable",)
 SAVED = ("config.saved_checkpoint_model_keys",)
 
 CHECKED = {
@@ -68,7 +69,7 @@ CHECKED = {
     "qformer": (*QFORMER, *SPECIAL_IDS),
     "blip2_stage1": (*STAGE1, *SPECIAL_IDS),
     "blip2_retrieval": RETRIEVAL,
-    "minigpt4": (*SPECIAL_IDS, *TRAINING, *SEGMENTS, *CONTEXTS, *GREEDY, *STOP_TEST, *CHAT),
+    "minigpt4": (*SPECIAL_IDS, *TRAINING, *TRAINED, *SEGMENTS, *CONTEXTS, *GREEDY, *STOP_TEST, *CHAT),
     "minigptv2": (*SPECIAL_IDS, *TRAINING),
     "minigptv2_lora": (*ADAPTED, *ADAPTED_FILE),
     "lr_schedule": SCHEDULES,

@@ -10,13 +10,14 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from cases import Case, all_cases, recorded
-from claims import TRAJECTORY
+from cases import Case, recorded
+from claims import SAVED, TRAINED, TRAJECTORY
 from comparing import LOSS, Compare, Tolerance
 from conversion import Converted, convert_case
 from training import STAGE1
 
-from mgpt4_jax.checkpoint import flatten, load_params
+from mgpt4_jax.checkpoint import flatten, write_trained_model
+from mgpt4_jax.convert.export import export
 from mgpt4_jax.convert.readers import open_source
 from mgpt4_jax.data.batching import pad_sequences, training_sequence
 from mgpt4_jax.data.images import MEAN, STD
@@ -78,7 +79,7 @@ def run(converted: Converted) -> dict[str, Any]:
                 found[f"step{number + 1}_grad_{name}"] = values
             for name, values in converted.to_source(state.trainable).items():
                 found[f"step{number + 1}_{name}"] = values
-    return found
+    return found | {"trained": state.trainable}
 
 
 _NAMES = {"llama_proj.weight": "kernel", "llama_proj.bias": "bias"}
@@ -129,3 +130,29 @@ def test_trajectory(case: Case, quantity: str, results: Any, compare: Compare) -
         compare.gradients({quantity: actual}, {quantity: case.outputs[quantity]})
     else:
         compare.close(actual, case.outputs[quantity], LOSS if quantity.startswith("loss") else PARAMETER)
+
+
+@pytest.mark.parametrize(("case", "quantity"), recorded("adamw_minigpt4", *SAVED))
+def test_the_saved_file(
+    case: Case, quantity: str, results: Any, start: Callable[[Case], Converted], compare: Compare, tmp_path: Path
+) -> None:
+    """What is exported after the last step is what the original saved then, but for a buffer that it computes anew."""
+    begun = start(case)
+    trained = flatten(results(case)["trained"])
+    write_trained_model(tmp_path / "model", begun.model_dir, trained, begun.config, "vicuna_v0")
+    export(tmp_path / "model", format="minigpt4", out=tmp_path / "saved.pth")
+    ours = open_source(tmp_path / "saved.pth")
+    expected = case.config[quantity.removeprefix("config.")]
+    compare.equal(sorted(ours.tensors()), sorted(key for key in expected if not key.endswith(".position_ids")))
+    saved = open_source(next(path for path in case.files_of_roles["projection"] if is_end(case, path)))
+    for key in ours.tensors():
+        compare.close(ours.read(key), saved.read(key), PARAMETER)
+
+
+@pytest.mark.parametrize(("case", "quantity"), recorded("minigpt4", *TRAINED))
+def test_what_is_trained_by_default(
+    case: Case, quantity: str, converted: Callable[[Case], Converted], compare: Compare
+) -> None:
+    patterns = TrainConfig("model", "run", DataConfig((SourceConfig("jsonl", "data"),))).trainable
+    leaves, _ = split(converted(case).params, trainable_paths(flatten(converted(case).params), patterns))
+    compare.equal(sorted(converted(case).to_source(leaves)), sorted(case.config["trainable"]))

@@ -9,7 +9,6 @@ from __future__ import annotations
 from cases import Case, is_claimed
 
 STAGE1_TRAINING = "training of BLIP-2 stage 1"
-STAGE2_TRAINING = "training of MiniGPT-4"
 BEAMS = "beam search"
 OPT = "BLIP-2 on OPT"
 T5 = "BLIP-2 on FlanT5"
@@ -40,7 +39,6 @@ UNSERVED = {
         "gen_beam*": BEAMS,
         "config.generate.beam*.text": BEAMS,
         "config.multi_select_ranks": NOT_RECORDED,
-        "config.trainable": STAGE2_TRAINING,
     },
 }
 
