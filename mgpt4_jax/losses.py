@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from mgpt4_jax.config import IGNORED
-from mgpt4_jax.typing import Array, Bool, Float, Int
+from mgpt4_jax.typing import Array, Bool, Float, Int, PRNGKey
 
 
 def token_losses(
@@ -33,3 +33,69 @@ def caption_loss(
     num_tokens = counted.sum()
     loss = losses.sum() / jnp.maximum(num_tokens, 1)
     return loss, {"loss": loss, "num_tokens": num_tokens}
+
+
+# --- BLIP-2 stage 1 --------------------------------------------------------------------------------------
+
+
+def contrastive_targets(image_ids: Int[Array, " b"]) -> Float[Array, "b b"]:
+    """Which text belongs to which picture, each row summing to 1: pairs that share a picture share the target."""
+    same = (image_ids[:, None] == image_ids[None, :]).astype(jnp.float32)
+    return same / same.sum(axis=1, keepdims=True)
+
+
+def contrastive_loss(
+    image_to_text: Float[Array, "b b"],
+    text_to_image: Float[Array, "b b"],
+    targets: Float[Array, "b b"],
+    *,
+    label_smoothing: float = 0.1,
+) -> Float[Array, ""]:
+    """ITC: mean of both directions' cross-entropies over the whole batch (BLIP-2, section 3.2).
+
+    The similarities are divided by the temperature already. Rows are pictures in the first, texts in the second.
+    """
+    smoothed = (1 - label_smoothing) * targets + label_smoothing / targets.shape[1]
+
+    def one(similarity: Float[Array, "b b"]) -> Float[Array, ""]:
+        return -(smoothed * jax.nn.log_softmax(similarity.astype(jnp.float32), axis=-1)).sum(axis=-1).mean()
+
+    return (one(image_to_text) + one(text_to_image)) / 2
+
+
+def negative_logits(similarity: Float[Array, "b b"], targets: Float[Array, "b b"]) -> Float[Array, "b b"]:
+    """Log-weights of each row's negatives: its similarities, and as good as nothing for what belongs to it."""
+    return jnp.where(targets > 0, -10000.0, jax.lax.stop_gradient(similarity).astype(jnp.float32))
+
+
+def draw_negatives(
+    key: PRNGKey, image_to_text: Float[Array, "b b"], text_to_image: Float[Array, "b b"], targets: Float[Array, "b b"]
+) -> tuple[Int[Array, " b"], Int[Array, " b"]]:
+    """(a hard negative picture for each text, a hard negative text for each picture), from the whole batch.
+
+    Drawn by the contrastive distribution, as LAVIS draws from ``softmax(sim)``. The draw is the same however the
+    batch is cut over devices.
+    """
+    for_texts, for_images = jax.random.split(key)
+    images = jax.random.categorical(for_texts, negative_logits(text_to_image, targets))
+    return images, jax.random.categorical(for_images, negative_logits(image_to_text, targets))
+
+
+def matching_loss(logits: Float[Array, "b 2"], labels: Int[Array, " b"]) -> Float[Array, ""]:
+    """ITM: cross-entropy of (no, yes)."""
+    picked = jnp.take_along_axis(jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1), labels[:, None], axis=-1)
+    return -picked.mean()
+
+
+def grouped_caption_loss(
+    logits: Float[Array, "b t v"], targets: Int[Array, "b t"], *, label_smoothing: float, groups: int
+) -> Float[Array, ""]:
+    """Mean over ``groups`` of consecutive rows of each one's mean over its tokens.
+
+    One group is the mean over all tokens. As many as the original had processes is what its data parallel runs
+    compute: each process means over its own tokens, and the means count alike.
+    """
+    losses, counted = token_losses(logits, targets, label_smoothing=label_smoothing)
+    sums = losses.reshape(groups, -1).sum(axis=1)
+    counts = counted.reshape(groups, -1).sum(axis=1)
+    return (sums / jnp.maximum(counts, 1)).mean()

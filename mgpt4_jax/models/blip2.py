@@ -59,7 +59,9 @@ class Blip2(nn.Module):
     def encode_pixels(self, pixels: Float[Array, "b H W 3"]) -> Float[Array, "b p e"]:
         return self.ln_vision(self.vit(pixels))
 
-    def image_features(self, pixels: Float[Array, "b H W 3"], room: int | None = None) -> ImageFeatures:
+    def image_features(
+        self, pixels: Float[Array, "b H W 3"], room: int | None = None, *, deterministic: bool = True
+    ) -> ImageFeatures:
         """Query states and their unit projections; ``room`` keeps a cache with space for that much text."""
         tokens = self.encode_pixels(pixels)
         cache = mask = start = None
@@ -67,12 +69,15 @@ class Blip2(nn.Module):
             q = self.config.qformer.num_queries
             cache = empty_qformer_cache(self.config.qformer, tokens.shape[0], q + room, self.dtype)
             mask, start = decode_mask(jnp.full((1, 1), q - 1), q + room), 0
-        queries, _, cache = self.qformer(tokens, mask=mask, cache=cache, start=start)
+        queries, _, cache = self.qformer(tokens, mask=mask, cache=cache, start=start, deterministic=deterministic)
         return ImageFeatures(tokens, queries, unit(self.vision_proj(queries)), cache)
 
-    def text_features(self, ids: Int[Array, "b t"], valid: Bool[Array, "b t"]) -> Float[Array, "b t c"]:
+    def text_features(
+        self, ids: Int[Array, "b t"], valid: Bool[Array, "b t"], *, deterministic: bool = True
+    ) -> Float[Array, "b t c"]:
         """Unit projections of every text state; the first ([CLS]) stands for the text."""
-        text = self.qformer(text_ids=ids, mask=padding_mask(valid.astype(bool))).text
+        mask = padding_mask(valid.astype(bool))
+        text = self.qformer(text_ids=ids, mask=mask, deterministic=deterministic).text
         return unit(self.text_proj(text))
 
     @staticmethod
@@ -81,21 +86,26 @@ class Blip2(nn.Module):
         return jnp.einsum("iqc,bc->ibq", images, texts, preferred_element_type=jnp.float32).max(axis=-1)
 
     def match_logits(
-        self, tokens: Float[Array, "b p e"], ids: Int[Array, "b t"], valid: Bool[Array, "b t"]
+        self,
+        tokens: Float[Array, "b p e"],
+        ids: Int[Array, "b t"],
+        valid: Bool[Array, "b t"],
+        *,
+        deterministic: bool = True,
     ) -> Float[Array, "b 2"]:
         """(no, yes) logits, averaged over the queries of the joint bi-directional pass."""
         mask = bidirectional_mask(self.config.qformer.num_queries, valid)
-        queries = self.qformer(tokens, ids, mask=mask).queries
+        queries = self.qformer(tokens, ids, mask=mask, deterministic=deterministic).queries
         return self.itm_head(queries).astype(jnp.float32).mean(axis=1)
 
     def caption_logits(
-        self, cache: QformerCache, ids: Int[Array, "b t"], valid: Bool[Array, "b t"]
+        self, cache: QformerCache, ids: Int[Array, "b t"], valid: Bool[Array, "b t"], *, deterministic: bool = True
     ) -> Float[Array, "b t v"]:
         """Next-token logits of text that follows the cached queries; ``ids`` begin with [DEC]."""
         q, t = self.config.qformer.num_queries, ids.shape[1]
         keys_valid = jnp.concatenate([jnp.ones((ids.shape[0], q), bool), valid.astype(bool)], axis=1)
         mask = decode_mask(q + jnp.arange(t)[None], q + t) & padding_mask(keys_valid)
-        text = self.qformer(text_ids=ids, mask=mask, cache=cache, start=q).text
+        text = self.qformer(text_ids=ids, mask=mask, cache=cache, start=q, deterministic=deterministic).text
         return self.qformer.lm_logits(text)
 
 

@@ -209,6 +209,7 @@ class _Trainer:
         numbers = {
             "loss": loss,
             "learning_rate": pending.rate,
+            **{name: float(value) for name, value in metrics.items() if name.startswith("loss_")},
             "grad_norm": float(metrics["grad_norm"]),
             "padding": pending.batch.padding,
             "bad_samples": self.bad.count,

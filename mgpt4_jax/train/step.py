@@ -37,59 +37,63 @@ def make_train_step(
 
     def step(state: TrainState, frozen: Params, batch: Batch, rate: Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
-        gradients, loss, weight = gradient(objective, state.trainable, frozen, batch, key, accumulation)
+        gradients, means = gradient(objective, state.trainable, frozen, batch, key, accumulation)
         norm = optax.tree.norm(gradients)
         updates, moments = optimizer.update(gradients, state.optimizer, state.trainable)
         trainable = apply_updates(state.trainable, updates, rate)
         average = None if state.average is None else update_average(state.average, trainable, ema_decay)
-        is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        is_finite = jnp.isfinite(means["loss"]) & jnp.isfinite(norm)
         new, old = (trainable, moments, average), (state.trainable, state.optimizer, state.average)
         trainable, moments, average = jax.tree.map(lambda a, b: jnp.where(is_finite, a, b), new, old)
-        metrics = {"loss": loss, "grad_norm": norm, "num_tokens": weight, "is_finite": is_finite}
+        metrics = {**means, "grad_norm": norm, "is_finite": is_finite}
         return TrainState(state.step + 1, trainable, moments, average, state.key), metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
 
 
 def make_evaluation(objective: Objective) -> Any:
-    """The jitted ``(trainable, frozen, batch) -> {"loss", "weight"}``, without dropout."""
+    """The jitted ``(trainable, frozen, batch) -> metrics`` with ``loss`` and ``weight``, without dropout."""
 
     def evaluate(trainable: Params, frozen: Params, batch: Batch) -> Metrics:
         loss, metrics = objective(join(trainable, frozen), batch, None)
-        return {"loss": loss, "weight": metrics["weight"]}
+        return {"loss": loss, **metrics}
 
     return jax.jit(evaluate)
 
 
 def gradient(
     objective: Objective, trainable: Params, frozen: Params, batch: Batch, key: Array, accumulation: int
-) -> tuple[Params, Array, Array]:
-    """(gradient, loss, weight) of the whole batch, in ``accumulation`` parts one after the other.
+) -> tuple[Params, Metrics]:
+    """Gradient and means (``loss``, and what the objective gives; ``weight`` is the sum) of the whole batch.
 
-    Parts count by their weight, so the result is that of the batch in one piece. MiniGPT-4 adds the parts'
-    means without dividing and LAVIS divides by their number; both equal this when all parts weigh the same and,
-    for MiniGPT-4, but for the factor ``accumulation``.
+    It may be cut into ``accumulation`` parts, one after the other. Parts count by their weight, so for a mean over
+    tokens the result is that of the batch in one piece. MiniGPT-4 adds the parts' means without dividing and LAVIS
+    divides by their number; both equal this when all parts weigh the same and, for MiniGPT-4, but for the factor
+    ``accumulation``.
     """
 
     def loss_of(trainable: Params, part: Batch, key: Array) -> tuple[Array, Metrics]:
-        return objective(join(trainable, frozen), part, key)
+        loss, metrics = objective(join(trainable, frozen), part, key)
+        return loss, {"loss": loss, **metrics}
 
-    value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
+    differentiate = jax.grad(loss_of, has_aux=True)
     if accumulation == 1:
-        (loss, metrics), gradients = value_and_grad(trainable, batch, key)
-        return gradients, loss, metrics["weight"]
+        return differentiate(trainable, batch, key)
 
     def add(total: Any, inputs: tuple[Batch, Array]) -> tuple[Any, None]:
         part, index = inputs
-        (loss, metrics), gradients = value_and_grad(trainable, part, jax.random.fold_in(key, index))
-        weighted = jax.tree.map(lambda value: value * metrics["weight"], (gradients, loss))
-        return jax.tree.map(jnp.add, total, (weighted, metrics["weight"])), None
+        gradients, metrics = differentiate(trainable, part, jax.random.fold_in(key, index))
+        weight = metrics.pop("weight")
+        weighted = jax.tree.map(lambda value: value * weight, (gradients, metrics))
+        return jax.tree.map(jnp.add, total, (weighted, weight)), None
 
-    zeros = (jax.tree.map(jnp.zeros_like, trainable), jnp.zeros(())), jnp.zeros(())
     parts = jax.tree.map(lambda x: _parts(x, accumulation), batch)
-    ((gradients, loss), weight), _ = jax.lax.scan(add, zeros, (parts, jnp.arange(accumulation)))
-    gradients, loss = jax.tree.map(lambda value: value / jnp.maximum(weight, 1), (gradients, loss))
-    return gradients, loss, weight
+    first = jax.tree.map(lambda x: x[0], parts)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(differentiate, trainable, first, key))
+    weight = zeros[1].pop("weight")
+    ((gradients, means), weight), _ = jax.lax.scan(add, (zeros, weight), (parts, jnp.arange(accumulation)))
+    gradients, means = jax.tree.map(lambda value: value / jnp.maximum(weight, 1), (gradients, means))
+    return gradients, {**means, "weight": weight}
 
 
 def _parts(x: Array, count: int) -> Array:

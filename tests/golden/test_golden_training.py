@@ -69,8 +69,8 @@ def run(converted: Converted) -> dict[str, Any]:
     count = sum(key.startswith("lr_") for key in case.outputs)
     for number in range(count + 1):
         batch = make_batch(converted, min(number, count - 1))
-        gradients, loss, _ = differentiate(state.trainable, batch)
-        found[f"loss_{number}"] = loss
+        gradients, means = differentiate(state.trainable, batch)
+        found[f"loss_{number}"] = means["loss"]
         if number < count:
             rate = learning_rate(optim, number, epochs=said["max_epoch"], steps_per_epoch=said["iters_per_epoch"])
             assert rate == pytest.approx(float(case.outputs[f"lr_{number}"]), abs=1e-12)

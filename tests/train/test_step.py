@@ -126,10 +126,10 @@ def test_accumulation_equals_the_whole_batch(mesh: str | None) -> None:
     gradients, losses = [], []
     for run, count in ((whole, 1), (parts, 4)):
         take = jax.jit(lambda *arguments, run=run, count=count: gradient(run.objective, *arguments, key, count))
-        found, loss, weight = take(run.state.trainable, run.frozen, run.put(batch))
+        found, means = take(run.state.trainable, run.frozen, run.put(batch))
         gradients.append(flatten(found))
-        losses.append(float(loss))
-        assert weight == (batch["targets"][:, 1:] != IGNORED).sum()
+        losses.append(float(means["loss"]))
+        assert means["weight"] == (batch["targets"][:, 1:] != IGNORED).sum()
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     for path, leaf in gradients[0].items():
         np.testing.assert_allclose(leaf, gradients[1][path], rtol=1e-5, atol=1e-6, err_msg=path)
