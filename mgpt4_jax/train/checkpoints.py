@@ -1,17 +1,21 @@
 """Checkpoints of a run: Orbax's manager, and a proof that what is read is what was saved.
 
 ``RUN/checkpoints/STEP`` holds the arrays (``state``) and what is no array (``about``: configuration,
-fingerprints of the data, of the frozen parameters and of the saved state itself). A checkpoint takes its name
-only when it is whole. When it is read, the fingerprint of every array is compared with the one saved: a cut or
-altered file is refused by name, and an older checkpoint is taken only if the user says so.
+fingerprints of the data, of the frozen parameters and of the saved state itself, sealed by a checksum). A
+checkpoint takes its name only when it is whole. When it is read, the fingerprint of every array is compared with the
+one saved: a cut or altered file is refused by name, and an older checkpoint is taken only if the user says so.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import logging
+import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,36 +30,47 @@ from mgpt4_jax.train.state import KEY_IMPL, TrainState
 from mgpt4_jax.train_config import CheckpointConfig
 
 FORMAT_VERSION = 1
-_LOSS = "validation_loss"
+_LOSS, _SEAL = "validation_loss", "sha256"
+
+
+@dataclass(frozen=True)
+class _Kept(ocp.checkpoint_managers.PreservationPolicy):
+    """The newest, and those of the lowest validation loss: also of losses that an earlier start has measured."""
+
+    config: CheckpointConfig
+    losses: Mapping[int, float]  # by step, of checkpoints that were validated
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        validated = sorted((step for step in steps if step in self.losses), key=lambda step: self.losses[step])
+        kept = {*steps[-self.config.keep_last :], *validated[: self.config.keep_best]}
+        return [step in kept for step in steps]
 
 
 class Checkpoints:
     """Saves in the background and restores. One writer a directory: the run's lock sees to that."""
 
     def __init__(self, directory: Path, config: CheckpointConfig):
-        policy = ocp.checkpoint_managers
-        kept: list[Any] = [policy.LatestN(config.keep_last)]
-        if config.keep_best:
-            best = policy.BestN(
-                get_metric_fn=lambda metrics: metrics[_LOSS],
-                reverse=True,
-                n=config.keep_best,
-                keep_checkpoints_without_metrics=False,
-            )
-            kept.append(best)
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax's chatter is not ours
+        self.directory = directory
+        self.last_saved: int | None = None
+        self._losses: dict[int, float] = {}
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policy.AnyPreservationPolicy(kept),
+            preservation_policy=_Kept(config, self._losses),
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
         )
-        self.directory = directory
-        self.last_saved: int | None = None
-        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+        try:
+            self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+        except OSError as error:
+            raise UserError(f"{directory}: cannot hold checkpoints ({error.strerror}); choose another --run") from error
+        for step in self.steps():
+            with contextlib.suppress(UserError):  # a damaged one is refused when it is to be gone on from
+                self._remember(step, self.about(step))
 
     def steps(self) -> list[int]:
-        """Whole checkpoints, oldest first."""
-        return sorted(self._manager.all_steps())
+        """Whole checkpoints, oldest first, as they lie on the disk: one that is still being written has no name."""
+        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal() and path.is_dir())
 
     def save(self, state: TrainState, about: Mapping[str, Any], validation_loss: float | None = None) -> None:
         """Copy the state off the devices and write it in the background; waits for an earlier save first.
@@ -64,11 +79,16 @@ class Checkpoints:
         """
         self.wait()
         tree, step = _arrays(state), int(state.step)
-        described = dict(about) | {"format_version": FORMAT_VERSION, "fingerprint": fingerprint(tree)}
-        metrics = None if validation_loss is None else {_LOSS: validation_loss}
+        described = dict(about) | {
+            "format_version": FORMAT_VERSION,
+            "fingerprint": fingerprint(tree),
+            _LOSS: validation_loss,
+        }
+        described[_SEAL] = _seal(described)
+        self._remember(step, described)
         items = ocp.args.Composite(state=ocp.args.StandardSave(tree), about=ocp.args.JsonSave(described))
         try:
-            self._manager.save(step, args=items, metrics=metrics, force=True)
+            self._manager.save(step, args=items, force=True)
         except Exception as error:  # Orbax and TensorStore raise plain Exceptions too
             raise self._failed(error) from error
         self.last_saved = step
@@ -89,6 +109,8 @@ class Checkpoints:
             raise self._damaged(step, error) from error
         if not isinstance(about, dict) or about.get("format_version") != FORMAT_VERSION:
             raise self._damaged(step, ValueError("its description is not one of this program's version"))
+        if about.get(_SEAL) != _seal(about):
+            raise self._damaged(step, ValueError("its description is not what was saved"))
         return about
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
@@ -105,32 +127,59 @@ class Checkpoints:
         return TrainState(**{**tree, "key": jax.random.wrap_key_data(tree["key"], impl=KEY_IMPL)})
 
     def set_aside_after(self, step: int) -> list[int]:
-        """Move newer checkpoints to ``RUN/replaced``: the run goes on from an older one, and writes them anew."""
+        """Move newer checkpoints to ``RUN/replaced-*``: the run goes on from an older one, and writes them anew."""
         newer = [other for other in self.steps() if other > step]
+        barrier("newer")  # all hosts have looked
         if newer and is_main():
-            aside = Path(tempfile.mkdtemp(prefix="replaced-", dir=self.directory.parent))
-            for other in newer:
-                (self.directory / str(other)).rename(aside / str(other))
+            try:
+                aside = Path(tempfile.mkdtemp(prefix="replaced-", dir=self.directory.parent))
+                for other in newer:
+                    (self.directory / str(other)).rename(aside / str(other))
+            except OSError as error:
+                raise UserError(f"{self.directory}: newer checkpoints cannot be moved ({error.strerror})") from error
         barrier("replaced")
         self._manager.reload()
+        for other in newer:
+            self._losses.pop(other, None)
         self.last_saved = step
         return newer
+
+    def last_good(self) -> str:
+        """Words that name the newest checkpoint; waits for one that is being written."""
+        with contextlib.suppress(UserError):  # it could not be: those before it lie there still
+            self.wait()
+        return self._newest()
 
     def close(self) -> None:
         self.wait()
         self._manager.close()
 
+    def _remember(self, step: int, about: Mapping[str, Any]) -> None:
+        self._losses.pop(step, None)
+        if (loss := about.get(_LOSS)) is not None and math.isfinite(loss):
+            self._losses[step] = loss
+
+    def _newest(self) -> str:
+        steps = self.steps()
+        return f"the last good checkpoint is {steps[-1]}" if steps else "there is no checkpoint yet"
+
     def _damaged(self, step: int, error: Exception) -> UserError:
         reason = " ".join(str(error).split())[:300]
-        others = [other for other in self.steps() if other != step]
-        mend = f"take an older one with --resume-from {others[-1]}" if others else "start again in a new run directory"
+        older = [other for other in self.steps() if other < step]
+        mend = f"take an older one with --resume-from {older[-1]}" if older else "start again in a new run directory"
         return UserError(f"{self.directory / str(step)}: the checkpoint is damaged ({reason}); {mend}")
 
     def _failed(self, error: Exception) -> UserError:
         reason = " ".join(str(error).split())[:200]
-        steps = self.steps()
-        last = f"the last good checkpoint is {steps[-1]}" if steps else "there is no checkpoint yet"
-        return UserError(f"{self.directory}: a checkpoint could not be written ({reason}); free some space; {last}")
+        return UserError(
+            f"{self.directory}: a checkpoint could not be written ({reason}); free some space; {self._newest()}"
+        )
+
+
+def _seal(about: Mapping[str, Any]) -> str:
+    """SHA-256 (hex) of all that a checkpoint says of itself."""
+    told = {key: value for key, value in about.items() if key != _SEAL}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def _arrays(state: TrainState) -> dict[str, Any]:
