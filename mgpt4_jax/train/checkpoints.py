@@ -13,8 +13,9 @@ import hashlib
 import json
 import logging
 import math
+import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,8 @@ class Checkpoints:
         saved = self.about(step)["fingerprint"]
         try:
             items = ocp.args.Composite(state=ocp.args.StandardRestore(_abstract_arrays(abstract)))
-            tree = self._manager.restore(step, args=items).state
+            with _without_echoes():
+                tree = self._manager.restore(step, args=items).state
         except Exception as error:  # as above
             raise self._damaged(step, error) from error
         found = fingerprint(tree)
@@ -174,6 +176,23 @@ class Checkpoints:
         return UserError(
             f"{self.directory}: a checkpoint could not be written ({reason}); free some space; {self._newest()}"
         )
+
+
+@contextlib.contextmanager
+def _without_echoes() -> Iterator[None]:
+    """When an array cannot be read, the reads of the others come back to an event loop that is closed.
+
+    Each of them would print a traceback, perhaps only after the error: so it stays as it is then.
+    """
+    before = sys.unraisablehook
+
+    def report(unraisable: Any) -> None:
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            before(unraisable)
+
+    sys.unraisablehook = report
+    yield
+    sys.unraisablehook = before
 
 
 def _seal(about: Mapping[str, Any]) -> str:

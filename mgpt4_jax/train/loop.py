@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from mgpt4_jax.train.curves import draw_curves
 from mgpt4_jax.train.flops import peak_flops
 from mgpt4_jax.train.monitor import LossGuard, Monitor, Speed
 from mgpt4_jax.train.run import Signals, check_unchanged, run_directory, write_config
-from mgpt4_jax.train.run_log import read_losses
+from mgpt4_jax.train.run_log import read_log, read_losses
 from mgpt4_jax.train.setup import Data, Plan, Programs, device_arrays, load_state, make_plan, open_data, weight_table
 from mgpt4_jax.train_config import TrainConfig, train_config_to_dict
 from mgpt4_jax.typing import Params
@@ -109,7 +109,8 @@ class _Trainer:
         self.state, self.frozen = load_state(self.plan)
         self.about = plain(
             {
-                "config": train_config_to_dict(self.config),
+                "config": train_config_to_dict(self.config) | {"dtype": self.plan.dtype.name},
+                "mesh": ",".join(f"{axis}={size}" for axis, size in self.plan.mesh.shape.items()),
                 "data": self.data.loader.fingerprint(),
                 "frozen": fingerprint(self.frozen),
             }
@@ -126,12 +127,21 @@ class _Trainer:
                 )
         elif (self.run / "log.jsonl").exists():
             self.events = ["starts again from the beginning: an earlier start saved nothing"]
-        losses = read_losses(self.run / "log.jsonl") if (self.run / "log.jsonl").exists() else {}
-        self.guard = LossGuard(self.config.log.spike_factor, (losses[step] for step in losses if step <= self.start))
+        self._remember_log()
         if is_main():
             write_config(self.run, self.about["config"])
         self.programs = Programs(self.plan, self.frozen, self.say)
         self.captions = SampleCaptions(self.plan, self.data, self.programs.module)
+
+    def _remember_log(self) -> None:
+        """What the steps up to the start have shown: their losses, and how many samples were bad."""
+        path, start = self.run / "log.jsonl", self.start
+        records = [record for record in read_log(path) if record["step"] <= start] if path.exists() else []
+        losses = read_losses(path) if records else {}
+        self.guard = LossGuard(self.config.log.spike_factor, (losses[step] for step in losses if step <= start))
+        for record in records:
+            self.bad.count = record.get("bad_samples", self.bad.count)
+        self.bad.seen = start * self.config.batch_size // jax.process_count() + self.bad.count
 
     # -- the loop -------------------------------------------------------------------------------
 
@@ -198,14 +208,18 @@ class _Trainer:
         metrics = jax.device_get(pending.metrics)
         loss = float(metrics["loss"])
         if not metrics["is_finite"]:
+            samples, norm = _some(pending.batch.names), float(metrics["grad_norm"])
             raise TrainingStopped(
-                f"step {pending.step}: the loss is {loss} and the gradient's norm {float(metrics['grad_norm'])}, and "
-                f"nothing was changed by it; its samples: {', '.join(pending.batch.names[:8])}; {self._last_good()}; "
-                "look at the samples, or lower optim.peak_lr"
+                f"step {pending.step}: the loss is {loss} and the gradient's norm {norm}, and nothing was changed by "
+                f"it; its samples: {samples}; {self.checkpoints.last_good()}; look at the samples, or lower "
+                "optim.peak_lr"
             )
         for text in pending.batch.bad:
             self.monitor.event(pending.step, f"bad sample, replaced: {text}")
-        self.bad.add(len(pending.batch.names), pending.batch.bad)
+        try:
+            self.bad.add(len(pending.batch.names), pending.batch.bad)
+        except TrainingStopped as error:
+            raise TrainingStopped(f"step {pending.step}: {error}; {self.checkpoints.last_good()}") from error
         numbers = {
             "loss": loss,
             "learning_rate": pending.rate,
@@ -215,11 +229,11 @@ class _Trainer:
             "bad_samples": self.bad.count,
         }
         self.monitor.step(pending.step, numbers, data_wait=pending.wait, flops=pending.flops)
-        self.guard.check(pending.step, loss)
-
-    def _last_good(self) -> str:
-        steps = self.checkpoints.steps()
-        return f"the last good checkpoint is {steps[-1]}" if steps else "there is no checkpoint yet"
+        try:
+            self.guard.check(pending.step, loss)
+        except TrainingStopped as error:
+            samples = _some(pending.batch.names)
+            raise TrainingStopped(f"{error}; its samples: {samples}; {self.checkpoints.last_good()}") from error
 
     # -- what happens between steps -------------------------------------------------------------
 
@@ -278,17 +292,27 @@ class _Trainer:
             self.say(f"profile of steps {first} to {step}: {self.run / 'profile'}")
 
     def _finish(self, done: int) -> None:
-        """The trained model and the curves."""
+        """The trained model and the curves; all is saved already."""
         model = self.run / "model"
-        write_trained_model(
-            model, Path(self.config.model), flatten(self._trained()), self.plan.model, self.plan.manifest.template
-        )
-        if is_main():
-            self.monitor.flush()
-            draw_curves(self.run / "log.jsonl", self.run / "curves.png")
+        try:
+            write_trained_model(
+                model, Path(self.config.model), flatten(self._trained()), self.plan.model, self.plan.manifest.template
+            )
+            if is_main():
+                self.monitor.flush()
+                draw_curves(self.run / "log.jsonl", self.run / "curves.png")
+        except OSError as error:
+            raise UserError(
+                f"{error.filename or self.run}: cannot be written ({error.strerror}); free some space and run again; "
+                f"{self.checkpoints.last_good()}"
+            ) from error
         barrier("finished")
         where = f"the trained model is {model}, its curves {self.run / 'curves.png'}"
         self.say(f"step {done} of {self.config.num_steps}: {where}")
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join([*names[:8], *(["..."] if len(names) > 8 else [])])
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -23,7 +23,17 @@ import yaml
 from mgpt4_jax.errors import UserError
 
 LOCK = "lock"
-FIXED = ("objective", "text", "trainable", "lora", "batch_size", "seed", "data.transform", "data.clean_captions")
+FIXED = (
+    "objective",
+    "text",
+    "trainable",
+    "lora",
+    "batch_size",
+    "dtype",
+    "seed",
+    "data.transform",
+    "data.clean_captions",
+)
 """Settings that decide what every step sees or trains: a run goes on only with the same. Others may change, and are
 announced; what the data sets and the frozen parameters hold is told by their fingerprints, not by their paths."""
 _PLACES = ("model", "run", "data.train")
@@ -56,22 +66,25 @@ def _take(lock: int, run: Path) -> None:
 
 def write_config(run: Path, config: Mapping[str, Any]) -> None:
     """``config.yaml``, whole or not at all; ``mgpt4 train --config RUN/config.yaml`` reads it again."""
-    partial = run / "config.yaml.partial"
-    partial.write_text(yaml.safe_dump(dict(config), sort_keys=False))
-    partial.rename(run / "config.yaml")
+    path, partial = run / "config.yaml", run / "config.yaml.partial"
+    try:
+        partial.write_text(yaml.safe_dump(dict(config), sort_keys=False))
+        partial.rename(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); free space there") from error
 
 
 def check_unchanged(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Lines that announce what changed since the checkpoint; refuses what may not change.
 
-    Both are the ``about`` of a checkpoint: ``config``, ``data`` and ``frozen`` fingerprints.
+    Both are the ``about`` of a checkpoint: ``config``, the ``mesh`` as it is, ``data`` and ``frozen`` fingerprints.
     """
-    before, after = flatten_config(saved["config"]), flatten_config(now["config"])
+    before, after = (flatten_config({**about["config"], "mesh": about["mesh"]}) for about in (saved, now))
     changes = []
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) == after.get(key) or key in _PLACES:
             continue
-        if any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED):
+        if _is_fixed(key, before.get(key), after.get(key)):
             raise UserError(
                 f"{key} was {before.get(key)!r} when this run began and is {after.get(key)!r} now; "
                 "put it back, or start a new run directory (from RUN/model, to build on what was learnt)"
@@ -88,6 +101,12 @@ def check_unchanged(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
             "new run directory"
         )
     return changes
+
+
+def _is_fixed(key: str, before: Any, after: Any) -> bool:
+    if key == "optim.ema_decay":
+        return 0 in (before, after)  # there is an average, or there is none
+    return any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED)
 
 
 def flatten_config(values: Any, prefix: str = "") -> dict[str, Any]:
