@@ -66,13 +66,12 @@ def main() -> None:
 
 def measure_throughput(source: SourceConfig, pictures: int, batch_size: int, rounds: int) -> None:
     """Through the loader, as training does."""
-    print("\n| who works | pictures a second of processor time | pictures a second |")
-    print("|---|---|---|")
+    print("\n| workers | threads in each | pictures a second of processor time | pictures a second |")
+    print("|---|---|---|---|")
     for workers, threads in ((0, 1), (0, 2), (1, 1), (1, 2), (2, 1)):
         figures = [run(source, pictures // batch_size, batch_size, workers, threads) for _ in range(rounds)]
         a_core, a_second = np.median(figures, axis=0)
-        who = f"{workers} workers of {threads} threads" if workers else f"{threads} threads of the trainer"
-        print(f"| {who} | {a_core:.0f} | {a_second:.0f} |", flush=True)
+        print(f"| {workers} | {threads} | {a_core:.0f} | {a_second:.0f} |", flush=True)
 
 
 def run(source: SourceConfig, batches: int, batch_size: int, workers: int, threads: int) -> tuple[float, float]:
@@ -179,7 +178,7 @@ def measure_memory(source: SourceConfig, samples: int, batch_size: int, workers:
     loader = make_loader(source, batch_size, workers, 2)
     step = max(samples // 10, 1)
     print(f"{samples:,} samples, batches of {batch_size}, {workers} workers of 2 threads\n")
-    print("| samples | this process, MB | " + " | ".join(f"worker {number}, MB" for number in range(workers)) + " |")
+    print("| " + " | ".join(["samples", "this process, MB", *(f"worker {n}, MB" for n in range(workers))]) + " |")
     print("|---" * (workers + 2) + "|")
     done = 0
     start = time.perf_counter()
