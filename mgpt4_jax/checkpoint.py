@@ -42,6 +42,14 @@ from mgpt4_jax.typing import DType
 
 FORMAT_VERSION = 1
 FORMAT_VERSION_WITH_BASE = 2  # programs that know no bases refuse it
+_STACKS = (
+    "vit/blocks/",
+    "qformer/layers/",
+    "llama/layers/",
+    "opt/layers/",
+    "t5/encoder/layers/",
+    "t5/decoder/layers/",
+)
 _DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
@@ -431,7 +439,7 @@ def load_params(
 
 def is_stacked(path: str) -> bool:
     """Whether the leading axis of a parameter counts layers."""
-    return path.startswith(("vit/blocks/", "qformer/layers/", "llama/layers/"))
+    return path.startswith(_STACKS)
 
 
 def flatten(tree: Any) -> dict[str, Any]:

@@ -159,7 +159,70 @@ class LlamaConfig:
     __post_init__ = check_fields
 
 
-Architecture = Literal["minigpt4", "instructblip", "blip2", "encoder", "llama"]
+@dataclass(frozen=True)
+class OptConfig:
+    """OPT decoder (Hugging Face ``OPTForCausalLM``): learned positions, ReLU, its head tied to the embedding.
+
+    ``embed_size`` is the width of the embedding where it is projected to ``hidden_size`` (350m only).
+    ``norm_first`` is False for 350m alone: norms then stand after each block, and none at the end.
+    """
+
+    vocab_size: int = 50272
+    hidden_size: int = 2560
+    mlp_size: int = 10240
+    num_layers: int = 32
+    num_heads: int = 32
+    embed_size: int = 2560
+    max_positions: int = 2048
+    norm_first: bool = True
+    layer_norm_eps: float = 1e-5
+    remat: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.hidden_size % self.num_heads:
+            raise UserError(f"opt.num_heads={self.num_heads} does not divide opt.hidden_size={self.hidden_size}")
+
+
+@dataclass(frozen=True)
+class T5Config:
+    """T5 encoder and decoder (Hugging Face ``T5ForConditionalGeneration``): T5, T5 v1.1 and FlanT5.
+
+    ``gated`` feed-forward multiplies ``activation(gate)`` by a second projection; "gelu" is the exact one, which
+    LAVIS puts in the place of FlanT5's own "gelu_new" (the tanh approximation).
+    ``tie_embeddings``: the head is the embedding; ``scale_logits``: its input is scaled by ``hidden_size ** -0.5``,
+    as T5's is and that of v1.1 and FlanT5 is not.
+    """
+
+    vocab_size: int = 32128
+    hidden_size: int = 2048
+    mlp_size: int = 5120
+    num_layers: int = 24
+    num_decoder_layers: int = 24
+    num_heads: int = 32
+    head_dim: int = 64
+    num_buckets: int = 32
+    max_distance: int = 128
+    layer_norm_eps: float = 1e-6
+    gated: bool = True
+    activation: Literal["relu", "gelu", "gelu_new"] = "gelu_new"
+    tie_embeddings: bool = False
+    scale_logits: bool = False
+    start_id: int = 0  # what the decoder begins with
+    remat: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self, allow_zero=("start_id",))
+        if self.num_decoder_layers > MAX_LAYERS:
+            raise UserError(f"t5.num_decoder_layers must be at most {MAX_LAYERS}, got {self.num_decoder_layers}")
+        if self.num_buckets < 4 or self.num_buckets % 4 or self.max_distance <= self.num_buckets // 2:
+            raise UserError(
+                f"t5.num_buckets={self.num_buckets} must be a multiple of 4, and t5.max_distance={self.max_distance} "
+                "more than half of it"
+            )
+
+
+Architecture = Literal["minigpt4", "instructblip", "blip2", "blip2_opt", "blip2_t5", "encoder", "llama", "opt", "t5"]
 
 
 @dataclass(frozen=True)
@@ -170,8 +233,10 @@ class ModelConfig:
       projection, llama
     * ``instructblip``: the same with a Q-Former that reads the instruction (``with_text``)
     * ``blip2``: vit and a Q-Former with its text side and the contrastive and matching heads
+    * ``blip2_opt``: vit, qformer, projection, opt
+    * ``blip2_t5``: vit, qformer, projection, t5; InstructBLIP on FlanT5 if the Q-Former reads text
     * ``encoder``: the picture side alone: vit, qformer, or both
-    * ``llama``: the language model alone
+    * ``llama``, ``opt``, ``t5``: the language model alone
     """
 
     architecture: Architecture
@@ -180,8 +245,14 @@ class ModelConfig:
     llama: LlamaConfig | None = None
     patches_per_token: int = 4
     projection_size: int = 256  # width of the contrastive space of `blip2`
+    opt: OptConfig | None = None
+    t5: T5Config | None = None
 
     __post_init__ = check_fields
+
+    @property
+    def language_model(self) -> LlamaConfig | OptConfig | T5Config | None:
+        return self.llama or self.opt or self.t5
 
     @property
     def tokens_per_image(self) -> int:
@@ -258,6 +329,22 @@ def llama31_8b() -> LlamaConfig:
     )
 
 
+def opt_2_7b() -> OptConfig:
+    return OptConfig()
+
+
+def opt_6_7b() -> OptConfig:
+    return OptConfig(hidden_size=4096, mlp_size=16384, embed_size=4096)
+
+
+def flan_t5_xl() -> T5Config:
+    return T5Config()
+
+
+def flan_t5_xxl() -> T5Config:
+    return T5Config(hidden_size=4096, mlp_size=10240, num_heads=64)
+
+
 def minigpt4(llama: LlamaConfig, *, with_qformer: bool = True, image_size: int = 224) -> ModelConfig:
     """MiniGPT-4 on Vicuna (with the Q-Former) or on LLaMA-2 (without it)."""
     return ModelConfig("minigpt4", eva_vit_g(image_size), qformer_base() if with_qformer else None, llama)
@@ -266,6 +353,16 @@ def minigpt4(llama: LlamaConfig, *, with_qformer: bool = True, image_size: int =
 def blip2_stage1(image_size: int = 224) -> ModelConfig:
     """The Q-Former with its text side and all three heads, as ``blip2_pretrained.pth`` holds it."""
     return ModelConfig("blip2", eva_vit_g(image_size), qformer_base(with_text=True, with_lm_head=True))
+
+
+def blip2_stage2(
+    language_model: OptConfig | T5Config, *, reads_instruction: bool = False, image_size: int = 224
+) -> ModelConfig:
+    """BLIP-2 on OPT or FlanT5; ``reads_instruction``: InstructBLIP's Q-Former, on FlanT5."""
+    parts = (eva_vit_g(image_size), qformer_base(with_text=reads_instruction))
+    if isinstance(language_model, OptConfig):
+        return ModelConfig("blip2_opt", *parts, opt=language_model)
+    return ModelConfig("blip2_t5", *parts, t5=language_model)
 
 
 def model_config_to_dict(config: ModelConfig) -> dict[str, Any]:

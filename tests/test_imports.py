@@ -16,8 +16,8 @@ FOLDERS = {"mgpt4_jax": ROOT / "mgpt4_jax", "mgpt4_jax.convert": ROOT / "convert
 
 BASE = {"errors", "typing", "config"}
 PIECES = BASE | {"models.masks", "models.layers", "models.lora"}
-TOWERS = {"models.vit", "models.qformer", "models.llama"}
-MODELS = {"models.encoder", "models.blip2", "models.minigpt4"}
+TOWERS = {"models.vit", "models.qformer", "models.llama", "models.opt", "models.t5"}
+MODELS = {"models.encoder", "models.blip2", "models.blip2_lm", "models.minigpt4"}
 ANY_MODEL = {"models", "models.masks", "models.layers", "models.lora"} | TOWERS | MODELS
 STORES = BASE | ANY_MODEL | {"progress", "memory", "sharding", "checkpoint", "data"}
 LIBRARY = STORES | {"losses", "optim", "fingerprint", "train_config", "distributed"}

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from mgpt4_jax.config import ModelConfig
 from mgpt4_jax.models.blip2 import Blip2
+from mgpt4_jax.models.blip2_lm import Blip2Opt, Blip2T5
 from mgpt4_jax.models.encoder import Encoder
 from mgpt4_jax.models.minigpt4 import MiniGPT4
 from mgpt4_jax.typing import DType, Params, PRNGKey
@@ -17,7 +18,14 @@ from mgpt4_jax.typing import DType, Params, PRNGKey
 
 def build(config: ModelConfig, dtype: DType = jnp.float32) -> nn.Module:
     """The Linen module of a configuration; ``dtype`` is what it computes in."""
-    modules = {"blip2": Blip2, "encoder": Encoder}
+    modules = {
+        "blip2": Blip2,
+        "blip2_opt": Blip2Opt,
+        "blip2_t5": Blip2T5,
+        "encoder": Encoder,
+        "opt": Blip2Opt,
+        "t5": Blip2T5,
+    }
     return modules.get(config.architecture, MiniGPT4)(config, dtype)
 
 
@@ -29,13 +37,18 @@ def example_inputs(config: ModelConfig) -> tuple[Any, ...]:
         if config.vit is None:
             return jnp.zeros((1, 1, config.qformer.encoder_size)), *text
         return jnp.zeros((1, config.vit.image_size, config.vit.image_size, 3)), *text
+    answer = (ids == 0, ids) if config.t5 is not None else ()  # which tokens of the prompt count, the decoder's
     if config.vit is None:
-        return ids, ids - 1, None
+        return ids, ids - 1, None, *answer
     pixels = jnp.zeros((1, config.vit.image_size, config.vit.image_size, 3))
     if config.architecture == "blip2":
         return pixels, ids, ids == 0
     with_text = config.qformer is not None and config.qformer.with_text
     text = (ids[None], ids[None] == 0) if with_text else (None, None)
+    if config.opt is not None:
+        return ids, ids, pixels[None]
+    if config.t5 is not None:
+        return ids, ids, pixels[None], *answer, None, *text
     return ids, ids, pixels[None], None, *text
 
 
@@ -69,6 +82,8 @@ def num_parameters(config: ModelConfig) -> int:
 
 __all__ = [
     "Blip2",
+    "Blip2Opt",
+    "Blip2T5",
     "Encoder",
     "MiniGPT4",
     "abstract_params",

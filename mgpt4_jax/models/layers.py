@@ -29,19 +29,33 @@ def attend(
     mask: Bool[Array, "b t s"] | None,
     *,
     scale: float | None = None,
+    bias: Float[Array, "n t s"] | None = None,
 ) -> Float[Array, "b t n h"]:
     """Scaled dot-product attention; ``n`` query heads share ``k`` key heads in groups of ``n / k``.
 
-    The softmax is taken in float32. A row without any allowed key gets the mean of the values.
+    ``bias`` is added to the logits before the softmax, which is taken in float32. A row without any allowed key
+    gets the mean of the values.
     """
     b, t, n, h = query.shape
     k = key.shape[2]
     query = query.reshape(b, t, k, n // k, h) * (h**-0.5 if scale is None else scale)
     logits = jnp.einsum("btkgh,bskh->bkgts", query, key, preferred_element_type=jnp.float32)
+    if bias is not None:
+        logits += bias.reshape(k, n // k, *bias.shape[1:])
     if mask is not None:
         logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
     return jnp.einsum("bkgts,bskh->btkgh", weights, value).reshape(b, t, n, h)
+
+
+def write_cache(cache: Cache, new: Cache, start: Int[Array, ""] | int) -> Cache:
+    """Keys and values of ``t`` positions, written into every row of a cache from position ``start`` on."""
+    old_key, old_value = cache
+    key, value = (part.astype(old_key.dtype) for part in new)
+    return (
+        jax.lax.dynamic_update_slice_in_dim(old_key, key, start, axis=1),
+        jax.lax.dynamic_update_slice_in_dim(old_value, value, start, axis=1),
+    )
 
 
 def rotary_angles(
