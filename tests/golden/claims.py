@@ -62,12 +62,28 @@ TRAJECTORY = ("loss_*", "step*_llama_proj.*", "step*_grad_llama_proj.*", "config
 ADAPTED = ("logits", "loss", "grads")
 ADAPTED_FILE = ("config.checkpoint_keys", "config.trainable")
 TRAINED = ("config.trainable",)
+PRETRAINED = (
+    "loss",
+    "loss_it[cm]",
+    "ret_loss",
+    "ret_loss_it[cm]",
+    "weights_[it]2[it]",
+    "ret_weights_[it]2[it]",
+    "grads_it[cm]",
+    "grads_total",
+    "config.trainable",
+    "config.trainable_without_grad",
+)
+RANKS = ("rank*.loss*", "rank*.weights_[it]2[it]", "grads_total_mean_over_ranks")
+STAGE1_STEPS = ("loss_*", "params_after_step*", "config.param_groups")
 SAVED = ("config.saved_checkpoint_model_keys",)
 
 CHECKED = {
     "eva": EVA,
     "qformer": (*QFORMER, *SPECIAL_IDS),
-    "blip2_stage1": (*STAGE1, *SPECIAL_IDS),
+    "blip2_stage1": (*STAGE1, *PRETRAINED, *SPECIAL_IDS),
+    "blip2_ranks": RANKS,
+    "adamw_stage1": STAGE1_STEPS,
     "blip2_retrieval": RETRIEVAL,
     "minigpt4": (*SPECIAL_IDS, *TRAINING, *TRAINED, *SEGMENTS, *CONTEXTS, *GREEDY, *STOP_TEST, *CHAT),
     "minigptv2": (*SPECIAL_IDS, *TRAINING),
@@ -82,6 +98,8 @@ GIVEN = {
     "preprocess": ("train_box_*", "train_flip_*"),
     "lr_schedule": ("*_epoch_step",),
     "adamw_minigpt4": ("lr_*",),
+    "adamw_stage1": ("lr_*", "neg_*_idx_*"),
+    "blip2_ranks": ("rank*.neg_*_idx",),
 }
 
 

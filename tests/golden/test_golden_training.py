@@ -14,13 +14,12 @@ from cases import Case, recorded
 from claims import SAVED, TRAINED, TRAJECTORY
 from comparing import LOSS, Compare, Tolerance
 from conversion import Converted, convert_case
-from training import STAGE1
+from training import STAGE1, unnormalised
 
 from mgpt4_jax.checkpoint import flatten, write_trained_model
 from mgpt4_jax.convert.export import export
 from mgpt4_jax.convert.readers import open_source
 from mgpt4_jax.data.batching import pad_sequences, training_sequence
-from mgpt4_jax.data.images import MEAN, STD
 from mgpt4_jax.data.text import load_llama_tokenizer
 from mgpt4_jax.optim import is_decayed, learning_rate, make_optimizer
 from mgpt4_jax.sharding import make_mesh, param_shardings
@@ -86,7 +85,6 @@ _NAMES = {"llama_proj.weight": "kernel", "llama_proj.bias": "bias"}
 
 
 def make_batch(converted: Converted, number: int) -> dict[str, np.ndarray]:
-    """The recorded pictures are normalised already: what the step normalises to them stands for their bytes."""
     case, tokenizer = converted.case, load_llama_tokenizer(converted.model_dir / "tokenizer")
     rows = [
         training_sequence(tokenizer, None, answer, tokens_per_image=converted.config.tokens_per_image, **STAGE1)
@@ -94,7 +92,7 @@ def make_batch(converted: Converted, number: int) -> dict[str, np.ndarray]:
     ]
     batch = pad_sequences(rows, max(map(len, rows)), pad_id=tokenizer.pad_id)
     names = sorted(name for name in case.inputs if name.startswith("image"))
-    pixels = (case.pixels(names[min(number, len(names) - 1)]) * STD + MEAN) * 255.0
+    pixels = unnormalised(case.pixels(names[min(number, len(names) - 1)]))
     return {**vars(batch), "pixels": pixels[:, None]}
 
 

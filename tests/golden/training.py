@@ -20,6 +20,7 @@ from mgpt4_jax.data.batching import (
     training_sequence,
     wrap_instruction,
 )
+from mgpt4_jax.data.images import MEAN, STD
 from mgpt4_jax.data.prompts import TEMPLATES
 from mgpt4_jax.data.text import Tokenizer, load_llama_tokenizer
 from mgpt4_jax.losses import caption_loss, token_losses
@@ -94,6 +95,11 @@ class Program:
             return total, found | {"token_losses": per_token}
 
         object.__setattr__(self, "_step", jax.jit(jax.value_and_grad(loss, has_aux=True)))
+
+
+def unnormalised(pixels: np.ndarray) -> np.ndarray:
+    """What the step normalises to ``pixels``: it is given bytes, and recorded pictures are normalised already."""
+    return (pixels * STD + MEAN) * np.float32(255)
 
 
 def forward(model: nn.Module, batch: dict[str, Array], pixels: Array) -> tuple[Array, Array, Array]:

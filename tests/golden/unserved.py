@@ -8,32 +8,16 @@ from __future__ import annotations
 
 from cases import Case, is_claimed
 
-STAGE1_TRAINING = "training of BLIP-2 stage 1"
 BEAMS = "beam search"
 OPT = "BLIP-2 on OPT"
 T5 = "BLIP-2 on FlanT5"
-OPTIMISER = "optimiser and schedules"
 EVALUATION = "evaluation"
 NOT_RECORDED = "nothing: the answers that were ranked are not recorded"
 
 UNSERVED = {
-    "adamw_stage1": {"*": OPTIMISER},
     "blip2_opt": {"*": OPT},
     "blip2_t5": {"*": T5},
-    "blip2_ranks": {"*": STAGE1_TRAINING},
-    "blip2_stage1": {
-        "weights_[it]2[it]": STAGE1_TRAINING,
-        "ret_weights_[it]2[it]": STAGE1_TRAINING,
-        "loss": STAGE1_TRAINING,
-        "loss_it[cm]": STAGE1_TRAINING,
-        "ret_loss": STAGE1_TRAINING,
-        "ret_loss_it[cm]": STAGE1_TRAINING,
-        "grads_it[cm]": STAGE1_TRAINING,
-        "grads_total": STAGE1_TRAINING,
-        "config.trainable": STAGE1_TRAINING,
-        "config.trainable_without_grad": STAGE1_TRAINING,
-        "caption_ids_beam*": "captions by the Q-Former",
-    },
+    "blip2_stage1": {"caption_ids_beam*": "captions by the Q-Former"},
     "blip2_retrieval": {"config.metrics": EVALUATION},
     "minigpt4": {
         "gen_beam*": BEAMS,
