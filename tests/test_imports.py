@@ -48,8 +48,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     **dict.fromkeys(USES - {"train", "generate"}, STORES | {"generate"}),
     "convert": STORES | {"losses"},
     "api": LIBRARY | USES | {"convert"},
-    "cli": LIBRARY | USES | {"", "convert", "api", "demo"},
-    "demo": LIBRARY | USES | {"", "convert", "api", "cli"},
+    "commands": LIBRARY | USES | {"", "convert", "api"},
+    "cli": {"errors", "commands"},
+    "demo": {"cli"},
     "__main__": {"cli"},
     "": {"api"},  # mgpt4_jax/__init__.py
 }

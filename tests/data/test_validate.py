@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from mgpt4_jax import cli
+from mgpt4_jax.commands.datasets import DATA_COMMANDS
 from mgpt4_jax.data.page import MAX_BAD, render_page, write_page
 from mgpt4_jax.data.prompts import VICUNA_V0
 from mgpt4_jax.data.rows import RowBuilder
@@ -387,7 +388,7 @@ def lines(tmp_path: Path) -> Path:
     return write_lines(tmp_path / "my.jsonl", [{"image": image, "caption": text} for image, text in rows])
 
 
-@pytest.mark.parametrize("command", list(cli.DATA_COMMANDS))
+@pytest.mark.parametrize("command", list(DATA_COMMANDS))
 def test_help_has_an_example(capsys: pytest.CaptureFixture[str], command: str) -> None:
     with pytest.raises(SystemExit) as leaving:
         cli.main(["data", command, "--help"])
