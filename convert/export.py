@@ -2,10 +2,11 @@
 
 * ``minigpt4``: the ``.pth`` that MiniGPT-4 saves and loads, ``{"model": {llama_proj.weight, llama_proj.bias}}``,
   with LoRA adapters as MiniGPT-v2 saves them
-* ``lavis``: a directory with ``eva_vit_g.pth``, ``blip2_pretrained.pth`` and ``pretrained_minigpt4.pth``,
-  of which a model has what it has
-* ``hf``: a Hugging Face directory: LLaMA, Blip2ForImageTextRetrieval, InstructBlip, and MiniGPT-4 with a
-  Q-Former as Blip2ForConditionalGeneration with a LLaMA inside; LoRA adapters are merged into it
+* ``lavis``: a directory with ``eva_vit_g.pth``, ``blip2_pretrained.pth`` (with the projection of BLIP-2 and
+  InstructBLIP) and ``pretrained_minigpt4.pth``, of which a model has what it has
+* ``hf``: a Hugging Face directory: LLaMA, OPT, T5, Blip2ForImageTextRetrieval, Blip2ForConditionalGeneration,
+  InstructBlip, and MiniGPT-4 with a Q-Former as Blip2ForConditionalGeneration with a LLaMA inside; LoRA adapters
+  are merged into it
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from mgpt4_jax.config import ModelConfig
 from mgpt4_jax.errors import UserError
 from mgpt4_jax.models.lora import merging
 
-from . import eva, llama, lora, qformer
+from . import eva, language, llama, lora, qformer
 from .hf_config import export_config
+from .huggingface import LANGUAGE
 from .readers import import_torch
 from .rules import Alias, Entry, Rule, Table, read_back
 
@@ -85,9 +87,11 @@ def _export_minigpt4(model_dir: Path, manifest: ModelManifest, out: Path, overwr
 
 def trained_table(config: ModelConfig) -> list[Entry]:
     """What a checkpoint of training holds: the projection and, as in MiniGPT-v2, the adapters."""
-    name = "llm" if config.architecture == "instructblip" else "llama"
-    adapters = lora.lora(config.llama, lora.ROOT.format(name)) if config.llama.lora is not None else []
-    return [*projection_table(config, f"{name}_proj"), *adapters]
+    kind = language.kind_of(config.language_model)
+    name = language.PROJECTIONS[kind][config.architecture == "instructblip"]
+    if config.llama is None or config.llama.lora is None:
+        return projection_table(config, name)
+    return [*projection_table(config, name), *lora.lora(config.llama, lora.ROOT.format(name.removesuffix("_proj")))]
 
 
 def projection_table(config: ModelConfig, name: str) -> list[Entry]:
@@ -95,7 +99,7 @@ def projection_table(config: ModelConfig, name: str) -> list[Entry]:
         inputs = config.qformer.hidden_size
     else:
         inputs = config.patches_per_token * config.vit.hidden_size
-    return llama.projection(name, inputs, config.llama.hidden_size)
+    return llama.projection(name, inputs, config.language_model.hidden_size)
 
 
 def lavis_tables(model_dir: Path, manifest: ModelManifest) -> Mapping[str, Table]:
@@ -114,7 +118,7 @@ def lavis_tables(model_dir: Path, manifest: ModelManifest) -> Mapping[str, Table
         tables["blip2_pretrained.pth"] = reader
     if config.architecture == "minigpt4":
         tables["pretrained_minigpt4.pth"] = trained_table(config)
-    if config.architecture == "instructblip":
+    elif config.vit is not None and config.language_model is not None:
         tables["blip2_pretrained.pth"] += trained_table(config)
     if not tables:
         raise UserError(f"{model_dir}: is a language model alone, which LAVIS does not save; use --format hf")
@@ -180,8 +184,8 @@ def _merged(model_dir: Path, config: ModelConfig) -> Callable[[str, int | None],
 
 def hugging_face_table(model_dir: Path, config: ModelConfig) -> Table:
     """The rules of the one Hugging Face class that holds this model."""
-    if config.architecture == "llama":
-        return llama.llama(config.llama)
+    if config.vit is None and config.language_model is not None:
+        return language.table(config)
     if config.architecture == "encoder" or config.qformer is None:
         what = "picture side alone" if config.architecture == "encoder" else "MiniGPT-4 without a Q-Former"
         raise UserError(f"{model_dir}: a {what} has no class in Hugging Face; use --format lavis")
@@ -189,10 +193,10 @@ def hugging_face_table(model_dir: Path, config: ModelConfig) -> Table:
     if config.architecture == "blip2":
         table += qformer.blip2_qformer(config.qformer)
         return table + qformer.stage1_heads(config.qformer, config.projection_size, hugging_face=True)
-    instructed = config.architecture == "instructblip"
+    instructed = config.qformer.with_text
     table += qformer.instructblip_qformer(config.qformer) if instructed else qformer.blip2_qformer(config.qformer)
     table += projection_table(config, "language_projection")
-    return table + llama.llama(config.llama, "language_model.")
+    return table + language.table(config, LANGUAGE)
 
 
 def _save_shards(directory: Path, tensors: Tensors, dtypes: Mapping[str, str], progress: Progress | None) -> None:
@@ -233,7 +237,7 @@ def _cut(tensors: Tensors, dtypes: Mapping[str, str]) -> tuple[list[list[str]], 
 
 def _copy_tokenizers(model_dir: Path, partial: Path, config: ModelConfig) -> None:
     """The language model's at the top; the Q-Former's in its folder, or at the top if it is the only one."""
-    reader_home = partial if config.llama is None else partial / "qformer_tokenizer"
+    reader_home = partial if config.language_model is None else partial / "qformer_tokenizer"
     for source, target in ((model_dir / "tokenizer", partial), (model_dir / "qformer_tokenizer", reader_home)):
         if source.is_dir():
             shutil.copytree(source, target, dirs_exist_ok=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from mgpt4_jax.config import ModelConfig, QformerConfig, VitConfig
 from mgpt4_jax.errors import UserError
 
-from . import eva, llama, qformer
-from .hf_config import Values, llama_config, require
+from . import eva, language, llama, qformer
+from .hf_config import Values, require
 from .inferred import (
     Inferred,
     Overrides,
@@ -19,13 +19,16 @@ from .inferred import (
     resized_note,
     shape_of,
 )
+from .language import ARCHITECTURES, INSTRUCTED, field_of, kind_of, language_config
 from .readers import Source
 from .rules import Entry, Ignore, Part
+
+LANGUAGE = "language_model."
 
 
 def infer_hugging_face(source: Source, overrides: Overrides) -> Inferred:
     """A ``Blip2*`` or ``InstructBlip*`` directory of Hugging Face."""
-    config, grid, instructed, warnings = hugging_face_parts(source, overrides)
+    config, grid, instructed = hugging_face_parts(source, overrides)
     config = apply_overrides(config, overrides)
     check_config(config, str(source.path))
     table: list[Entry] = eva.hugging_face_vit(config.vit, source_grid=grid)
@@ -34,26 +37,23 @@ def infer_hugging_face(source: Source, overrides: Overrides) -> Inferred:
     if config.architecture == "blip2":
         table += qformer.stage1_heads(reader, config.projection_size, hugging_face=True)
         table.append(llama.constant("temp", 0.07, "Hugging Face drops the temperature: its initial value"))
-    if config.llama is not None:
-        table += llama.projection("language_projection", reader.hidden_size, config.llama.hidden_size)
-        table += llama.llama(config.llama, "language_model.")
-    else:
-        reason = "OPT and T5 language models are not built yet: the picture side is converted alone"
-        table.append(Ignore(r"language_(model|projection)\..*", reason))
+    if (spoken := config.language_model) is not None:
+        table += llama.projection("language_projection", reader.hidden_size, spoken.hidden_size)
+        table += language.table(config, LANGUAGE, source.tensors())
     if config.architecture != "blip2":
         table.append(Ignore(r"(vision_projection|text_projection|itm_head)\..*", "a head that this model does not use"))
     part = Part(str(source.path), source.tensors(), table, source)
     resized = resized_note(grid, config.vit) if grid != config.vit.grid_size else None
-    return Inferred(config, [part], guess_template(config), resized, warnings)
+    return Inferred(config, [part], guess_template(config), resized)
 
 
-def hugging_face_parts(source: Source, overrides: Values) -> tuple[ModelConfig, int, bool, list[str]]:
-    """(configuration, grid of the position embeddings, whether the Q-Former is InstructBLIP's, warnings)."""
+def hugging_face_parts(source: Source, overrides: Values) -> tuple[ModelConfig, int, bool]:
+    """(configuration, grid of the position embeddings, whether the Q-Former is InstructBLIP's)."""
     values = source.config
     kind = (values or {}).get("model_type")
     if values is None or kind not in ("blip-2", "instructblip"):
         raise UserError(
-            f"{source.path}/config.json: model_type {kind!r} is not one of blip-2, instructblip, llama; "
+            f"{source.path}/config.json: model_type {kind!r} is not one of blip-2, instructblip, llama, opt, t5; "
             "nothing here can read it"
         )
     instructed = kind == "instructblip"
@@ -75,18 +75,15 @@ def hugging_face_parts(source: Source, overrides: Values) -> tuple[ModelConfig, 
     keys = source.tensors()
     if "vision_projection.weight" in keys and reader.with_text and not instructed:
         size = shape_of(source, "vision_projection.weight", 2)[0]
-        return ModelConfig("blip2", vit, reader, projection_size=size), grid, False, []
-    if instructed and text_values.get("model_type", "llama") == "llama":
-        llm = llama_config(text_values, source.path)
-        return ModelConfig("instructblip", vit, reader, llm), grid, True, []
-    has_language_model = any(key.startswith("language_model.") for key in keys)
-    if has_language_model and text_values.get("model_type") == "llama":
-        return ModelConfig("minigpt4", vit, reader, llama_config(text_values, source.path)), grid, False, []
-    warnings = []
-    if has_language_model:
-        name = text_values.get("model_type", "opt")
-        warnings.append(f"the language model ({name}) is left out: OPT and T5 are not built yet")
-    return ModelConfig("encoder", vit, reader), grid, instructed, warnings
+        return ModelConfig("blip2", vit, reader, projection_size=size), grid, False
+    if not any(key.startswith(LANGUAGE) for key in keys):
+        return ModelConfig("encoder", vit, reader), grid, instructed
+    text_values = {"model_type": "llama" if instructed else "opt", **text_values}  # what a file that is silent means
+    spoken = language_config(text_values, source.path, keys, prefix=LANGUAGE)
+    kinds = INSTRUCTED if instructed else ARCHITECTURES
+    if (kind := kind_of(spoken)) not in kinds:
+        raise UserError(f"{source.path}/config.json: an InstructBLIP on {kind} is not supported")
+    return ModelConfig(kinds[kind], vit, reader, **field_of(spoken)), grid, instructed
 
 
 def _vit_config(source: Source, values: Values, grid: int) -> VitConfig:

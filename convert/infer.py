@@ -12,6 +12,7 @@ from mgpt4_jax.errors import UserError
 
 from .huggingface import infer_hugging_face
 from .inferred import PARTS, Inferred, Overrides
+from .language import KINDS
 from .lavis import LavisFiles
 from .readers import Source
 
@@ -30,7 +31,7 @@ def infer(
     model = sources.get("model")
     if model is None:
         result = LavisFiles(sources, overrides, allow_llm_mismatch).infer()
-    elif (model.config or {}).get("model_type") == "llama":
+    elif (model.config or {}).get("model_type") in KINDS:
         result = LavisFiles({"llm": model}, overrides, allow_llm_mismatch).infer()
     else:
         result = infer_hugging_face(model, overrides)

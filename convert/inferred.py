@@ -17,7 +17,7 @@ from .rules import Part
 Overrides = Mapping[str, Mapping[str, Any]]
 Keys = Mapping[str, TensorInfo]
 QFORMER_HEADS = {768: 12}
-PARTS = ("vit", "qformer", "llama")
+PARTS = ("vit", "qformer", "llama", "opt", "t5")
 
 
 @dataclass

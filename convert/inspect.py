@@ -17,7 +17,8 @@ from rich.table import Table
 from mgpt4_jax.checkpoint import flatten, read_manifest
 from mgpt4_jax.models import abstract_params
 
-from .inferred import count_layers
+from .inferred import PARTS, count_layers
+from .language import KINDS, NAMES
 from .lora import find_adapters
 from .readers import FLOAT_DTYPES, Source, TensorInfo, open_source
 
@@ -101,7 +102,7 @@ def _inspect_model(path: Path) -> Inspection:
     manifest = read_manifest(path)
     shapes = flatten(abstract_params(manifest.config))
     tensors = {name: TensorInfo(shapes[name].shape, dtype, path) for name, dtype in manifest.dtypes.items()}
-    parts = [name for name in ("vit", "qformer", "llama") if getattr(manifest.config, name) is not None]
+    parts = [name for name in PARTS if getattr(manifest.config, name) is not None]
     made = ", ".join(dict.fromkeys(source.name for source in manifest.sources)) or "nothing (initialised here)"
     what = f"a model directory: {manifest.config.architecture} ({', '.join(parts)}), made from {made}"
     if manifest.base is not None:
@@ -109,7 +110,7 @@ def _inspect_model(path: Path) -> Inspection:
         what += f"; {count:,} trained parameters are here, the others in its base {manifest.base.path}"
     files = tuple(sorted(file for file in (path / "params").rglob("*") if file.is_file()))
     size = sum(file.stat().st_size for file in files)
-    formats = {"minigpt4": ["minigpt4", "lavis", "hf"], "llama": ["hf"], "encoder": ["lavis"]}
+    formats = {"minigpt4": ["minigpt4", "lavis", "hf"], "encoder": ["lavis"], **{kind: ["hf"] for kind in KINDS}}
     names = formats.get(manifest.config.architecture, ["lavis", "hf"])
     if manifest.config.architecture == "minigpt4" and manifest.config.qformer is None:
         names = ["minigpt4", "lavis"]
@@ -139,6 +140,10 @@ def _describe(source: Source) -> tuple[str, list[str], list[str]]:
         )
     if "llama_proj.weight" in keys or "llm_proj.weight" in keys:
         can_become.append(f"the projection: `mgpt4 convert --llm DIR --projection {source.path} ...`")
+    for name, llm in (("opt_proj", "OPT"), ("t5_proj", "FlanT5")):
+        if f"{name}.weight" in keys and "query_tokens" in keys:
+            command = f"mgpt4 convert --vit FILE --qformer {source.path} --llm {llm}_DIR ..."
+            can_become.append(f"BLIP-2 on {llm}: `{command}`")
     return " + ".join(sides), can_become, []
 
 
@@ -178,18 +183,22 @@ def _describe_hugging_face(
     keys: Mapping[str, TensorInfo], path: Path, config: Mapping[str, Any]
 ) -> tuple[str, list[str], list[str]]:
     kind = config.get("model_type")
-    if kind == "llama":
-        width, layers = config.get("hidden_size", 4096), config.get("num_hidden_layers", 32)
-        what = f"Hugging Face LLaMA ({layers} layers of width {width})"
-        warnings = []
-        if config.get("max_position_embeddings") == 4096 and config.get("rms_norm_eps") == 1e-5:
-            warnings.append("looks like LLaMA-2: not for a projection that was trained with Vicuna v0")
-        return what, [f"the language model: `mgpt4 convert --llm {path} ...`"], warnings
+    if kind in KINDS:
+        return _describe_language_model(kind, path, config)
     if kind in ("blip-2", "instructblip"):
         language = (config.get("text_config") or {}).get("model_type", "llama" if kind == "instructblip" else "opt")
         has_language = any(key.startswith("language_model.") for key in keys)
         what = f"Hugging Face {kind}" + (f" with {language}" if has_language else " without a language model")
-        left_out = has_language and language != "llama"
-        warnings = [f"its language model ({language}) is left out: OPT and T5 are not built yet"] if left_out else []
-        return what, [f"a model: `mgpt4 convert --from {path} ...`"], warnings
+        if has_language and language not in KINDS:
+            return what, [], [f"its language model ({language}) is not supported"]
+        return what, [f"a model: `mgpt4 convert --from {path} ...`"], []
     return f"Hugging Face {kind}", [], [f"model_type {kind!r} is not converted"]
+
+
+def _describe_language_model(kind: str, path: Path, config: Mapping[str, Any]) -> tuple[str, list[str], list[str]]:
+    width, count = ("d_model", "num_layers") if kind == "t5" else ("hidden_size", "num_hidden_layers")
+    size = f"{config.get(count, '?')} layers of width {config.get(width, '?')}"
+    warnings = []
+    if kind == "llama" and config.get("max_position_embeddings") == 4096 and config.get("rms_norm_eps") == 1e-5:
+        warnings.append("looks like LLaMA-2: not for a projection that was trained with Vicuna v0")
+    return f"Hugging Face {NAMES[kind]} ({size})", [f"the language model: `mgpt4 convert --llm {path} ...`"], warnings

@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from mgpt4_jax.config import LlamaConfig, ModelConfig, QformerConfig, VitConfig
 from mgpt4_jax.errors import UserError
 
-from . import eva, llama, lora, qformer
-from .hf_config import llama_config
+from . import eva, language, llama, lora, qformer
 from .inferred import (
     Inferred,
     Overrides,
@@ -24,10 +23,10 @@ from .inferred import (
     resized_note,
     shape_of,
 )
+from .language import ARCHITECTURES, INSTRUCTED, KINDS, NAMES, PROJECTIONS, LanguageConfig, field_of, language_config
 from .readers import Source
 from .rules import Entry, Ignore, Part
 
-PROJECTIONS = ("llama_proj", "llm_proj")
 _VIT_HEADS = {1408: 16}
 _EVA_LAYERS = 39  # of 40: BLIP-2 takes the output of the last but one
 
@@ -37,7 +36,6 @@ _MARKERS = {
     "ln_vision": ("ln_vision.weight",),
     "qformer": ("query_tokens",),
     "heads": ("vision_proj.weight", "text_proj.weight", "itm_head.weight"),
-    "projection": tuple(f"{name}.weight" for name in PROJECTIONS),
 }
 # What wins when two files hold a side: a trained checkpoint, then the file that the option names.
 _PRECEDENCE = {"vit": ("projection", "vit", "qformer")}
@@ -50,7 +48,11 @@ class LavisFiles:
     def __init__(self, sources: Mapping[str, Source], overrides: Overrides, allow_llm_mismatch: bool):
         self.sources, self.overrides, self.allow_llm_mismatch = sources, overrides, allow_llm_mismatch
         files = {role: source for role, source in sources.items() if role != "llm"}
-        self.owner = {side: _owner(side, files) for side in _MARKERS}
+        llm = sources.get("llm")
+        self.kind = "llama" if llm is None else (llm.config or {}).get("model_type", "llama")
+        self.projections = PROJECTIONS.get(self.kind, ())
+        markers = _MARKERS | {"projection": tuple(f"{name}.weight" for name in self.projections)}
+        self.owner = {side: _owner(side, keys, files) for side, keys in markers.items()}
         adapters = {role: lora.find_adapters(files[role]) for role in _DEFAULT_PRECEDENCE if role in files}
         self.owner["lora"] = next((role for role, found in adapters.items() if found is not None), None)
         self.adapters = adapters.get(self.owner["lora"])
@@ -60,8 +62,10 @@ class LavisFiles:
         grid, layers = vit_parts
         parts = []
         for role, source in self.sources.items():
-            is_language = role == "llm"
-            table = llama.llama(config.llama) if is_language else self._table(role, source, config, grid, layers)
+            if role == "llm":
+                table = language.table(config, keys=source.tensors())
+            else:
+                table = self._table(role, source, config, grid, layers)
             parts.append(Part(str(source.path), source.tensors(), table, source))
         parts[0] = Part(parts[0].name, parts[0].tensors, [*parts[0].table, *self._fills(config)], parts[0].source)
         resized = None
@@ -76,9 +80,12 @@ class LavisFiles:
 
     def _config(self) -> tuple[ModelConfig, tuple[int, int]]:
         llm = self.sources.get("llm")
-        llama_part = None if llm is None else llama_config(llm.config, llm.path)
-        if llama_part is not None and self.adapters is not None:
-            llama_part = dataclasses.replace(llama_part, lora=self.adapters.config)
+        spoken = None
+        if llm is not None:
+            has_picture = self.owner["vit"] is not None
+            spoken = language_config(llm.config, llm.path, llm.tensors(), as_lavis=has_picture)
+        if isinstance(spoken, LlamaConfig) and self.adapters is not None:
+            spoken = dataclasses.replace(spoken, lora=self.adapters.config)
         vit, grid, layers = None, 0, 0
         if (source := self._source("vit")) is not None:
             vit, grid, layers = lavis_vit_config(source, self.overrides)
@@ -86,13 +93,13 @@ class LavisFiles:
         if (source := self._source("qformer")) is not None:
             reader = lavis_qformer_config(source, self.overrides)
         self._check_files(vit is not None, llm is not None)
-        keys = {} if self.owner["projection"] is None else self._source("projection").tensors()
-        instructed = "llm_proj.weight" in keys and reader is not None and reader.with_text
+        instructed = reader is not None and reader.with_text and self._is_instructed()
         if llm is not None and vit is None:
-            config = ModelConfig("llama", llama=llama_part)
+            config = ModelConfig(KINDS[self.kind], **field_of(spoken))
         elif llm is not None:
-            reader = self._reader_for_llm(vit, reader, llama_part, instructed)
-            config = ModelConfig("instructblip" if instructed else "minigpt4", vit, reader, llama_part)
+            reader = self._reader_for_llm(vit, reader, spoken, instructed)
+            kinds = INSTRUCTED if instructed else ARCHITECTURES
+            config = ModelConfig(kinds[self.kind], vit, reader, **field_of(spoken))
         elif (heads := self._source("heads")) is not None and reader is not None and reader.with_text:
             size = shape_of(heads, "vision_proj.weight", 2)[0]
             config = ModelConfig("blip2", vit, reader, projection_size=size)
@@ -101,6 +108,18 @@ class LavisFiles:
         config = apply_overrides(config, self.overrides)
         check_config(config, self._names())
         return config, (grid, layers)
+
+    def _is_instructed(self) -> bool:
+        """Whether the projection was trained with a Q-Former that reads the instruction, if that is here.
+
+        InstructBLIP calls that into Vicuna ``llm_proj``; that into FlanT5 has BLIP-2's name, but BLIP-2 saves no text
+        side beside it.
+        """
+        file = self._source("projection")
+        if file is None or self.kind not in INSTRUCTED:
+            return False
+        is_own_reader = self.owner["projection"] == self.owner["qformer"]
+        return is_own_reader if self.kind == "t5" else "llm_proj.weight" in file.tensors()
 
     def _names(self) -> str:
         return ", ".join(str(source.path) for source in self.sources.values())
@@ -112,26 +131,31 @@ class LavisFiles:
         if (file := self.sources.get("qformer")) is not None and not (self.owner["qformer"] or self.owner["ln_vision"]):
             raise UserError(f"{file.path}: holds no Q-Former (no query_tokens); --qformer wants blip2_pretrained*.pth")
         if (file := self.sources.get("projection")) is not None and self.owner["projection"] is None:
-            raise UserError(f"{file.path}: holds no llama_proj; --projection wants pretrained_minigpt4.pth")
+            wanted = " or ".join(self.projections)
+            raise UserError(f"{file.path}: holds no {wanted}; --projection wants what was trained with this --llm")
         if self.owner["projection"] is not None and not has_llm:
             raise UserError(f"{self._source('projection').path}: holds a projection; add --llm, what it projects into")
         if self.owner["lora"] is not None and not has_llm:
             raise UserError(f"{self._source('lora').path}: holds LoRA adapters; add --llm, what they adapt")
+        if self.owner["lora"] is not None and self.kind != "llama":
+            raise UserError(f"{self._source('lora').path}: holds LoRA adapters of a LLaMA; --llm is {self.kind}")
         sides = ("ln_vision", "heads", "projection", *(("qformer",) if has_llm else ()))
         role = next((self.owner[side] for side in sides if self.owner[side] is not None), None)
         if not has_vit and role is not None:
             raise UserError(f"{self.sources[role].path}: comes without its vision transformer; add --vit eva_vit_g.pth")
 
     def _reader_for_llm(
-        self, vit: VitConfig, reader: QformerConfig | None, llm: LlamaConfig, instructed: bool
+        self, vit: VitConfig, reader: QformerConfig | None, llm: LanguageConfig, instructed: bool
     ) -> QformerConfig | None:
         """The Q-Former that the projection wants (or none), checked against the language model."""
         if reader is not None and not instructed:
             reader = _without_text(reader)
+        if reader is None and self.kind != "llama":
+            raise UserError(f"{self.sources['llm'].path}: BLIP-2 reads pictures with a Q-Former; add --qformer")
         file = self._source("projection")
         if file is None:
             return reader
-        name = next(name for name in PROJECTIONS if f"{name}.weight" in file.tensors())
+        name = next(name for name in self.projections if f"{name}.weight" in file.tensors())
         outputs, inputs = shape_of(file, f"{name}.weight", 2)
         if outputs != llm.hidden_size:
             size = llm.hidden_size
@@ -158,7 +182,9 @@ class LavisFiles:
             f"four joined patches {joined}: it belongs to another model"
         )
 
-    def _check_vicuna(self, llm: LlamaConfig, projection: Source) -> None:
+    def _check_vicuna(self, llm: LanguageConfig, projection: Source) -> None:
+        if not isinstance(llm, LlamaConfig):
+            return
         looks_like_llama2 = llm.rms_norm_eps == 1e-5 and llm.max_positions == 4096
         if looks_like_llama2 and not self.allow_llm_mismatch and projection.path != self.sources["llm"].path:
             raise UserError(
@@ -168,8 +194,11 @@ class LavisFiles:
             )
 
     def _table(self, role: str, source: Source, config: ModelConfig, grid: int, layers: int) -> list[Entry]:
+        others = [kind for kind in KINDS if kind != self.kind]
+        projections = "|".join(name for kind in others for name in PROJECTIONS[kind])
+        into = " or ".join(NAMES[kind] for kind in others)
         table: list[Entry] = [
-            Ignore(r"(t5|opt)_proj\..*", "projects into FlanT5 or OPT, not into this language model"),
+            Ignore(rf"({projections})\..*", f"projects into {into}, not into this language model"),
             Ignore(r"llama_model\..*\.rotary_emb\.inv_freq", "a buffer: rotary frequencies are computed"),
         ]
         prefix = "visual_encoder." if "visual_encoder.cls_token" in source.tensors() else ""
@@ -195,9 +224,10 @@ class LavisFiles:
             if config.architecture == "blip2":
                 reason = self._elsewhere("heads", "the set of stage 1's heads")
             table.append(Ignore(r"(vision_proj|text_proj|itm_head)\..*|temp", reason))
-        for name in PROJECTIONS:
+        for name in self.projections:
             if self.owner["projection"] == role and f"{name}.weight" in source.tensors():
-                table += llama.projection(name, source.tensors()[f"{name}.weight"].shape[1], config.llama.hidden_size)
+                width = config.language_model.hidden_size
+                table += llama.projection(name, source.tensors()[f"{name}.weight"].shape[1], width)
             else:
                 table.append(Ignore(rf"{name}\..*", self._elsewhere("projection", "the projection")))
         if self.owner["lora"] == role:
@@ -224,14 +254,15 @@ class LavisFiles:
         if config.vit is not None and not any(self._reads_ln_vision(role, config) for role in self.sources):
             reason = "no file holds it for this model: weight 1 and bias 0, as in the original"
             fills += [llama.constant("ln_vision/scale", 1.0, reason), llama.constant("ln_vision/bias", 0.0, reason)]
-        if config.architecture in ("minigpt4", "instructblip") and self.owner["projection"] is None:
+        has_both_sides = config.vit is not None and config.language_model is not None
+        if has_both_sides and self.owner["projection"] is None:
             fills += llama.untrained_projection()
         return fills
 
 
-def _owner(side: str, files: Mapping[str, Source]) -> str | None:
+def _owner(side: str, markers: tuple[str, ...], files: Mapping[str, Source]) -> str | None:
     for role in _PRECEDENCE.get(side, _DEFAULT_PRECEDENCE):
-        if role in files and any(marker in files[role].tensors() for marker in _MARKERS[side]):
+        if role in files and any(marker in files[role].tensors() for marker in markers):
             return role
     return None
 

@@ -46,7 +46,9 @@ def eva(prefix: str = "", blocks: int = 40, positions: int = 257, *, whole: bool
     return shapes | (norm("norm", d) | linear("head", 1024, d) if whole else {})
 
 
-def qformer(*, text: bool) -> Shapes:
+def qformer(*, text: bool, heads: bool | None = None) -> Shapes:
+    """``text``: with its text side; ``heads``: with those of stage 1, by default if it has a text side."""
+    heads = text if heads is None else heads
     d, f, e, v = 768, 3072, 1408, 30523
     bert, layer, crossed = (
         "Qformer.bert",
@@ -65,11 +67,12 @@ def qformer(*, text: bool) -> Shapes:
         shapes |= norm(f"{layer}.output{suffix}.LayerNorm", d)
     shapes |= norm("ln_vision", e)
     if text:
-        head = "Qformer.cls.predictions"
         shapes |= {
             f"{bert}.embeddings.word_embeddings.weight": [v, d],
             f"{bert}.embeddings.position_embeddings.weight": [512, d],
         }
+    if heads:
+        head = "Qformer.cls.predictions"
         shapes |= {
             f"{head}.bias": [v],
             **linear(f"{head}.transform.dense", d, d),
@@ -127,7 +130,10 @@ def hand_written() -> dict[str, dict[str, Any]]:
         "eva_vit_g": {"shapes": eva()},
         "blip2_pretrained": {"shapes": qformer(text=True)},
         "blip2_pretrained_flant5xxl": {"shapes": qformer(text=False) | linear("t5_proj", 4096, 768)},
+        "blip2_pretrained_flant5xl": {"shapes": qformer(text=False) | linear("t5_proj", 2048, 768)},
         "blip2_pretrained_opt2.7b": {"shapes": qformer(text=False) | linear("opt_proj", 2560, 768)},
+        "blip2_pretrained_opt6.7b": {"shapes": qformer(text=False) | linear("opt_proj", 4096, 768)},
+        "instruct_blip_flanxl_trimmed": {"shapes": qformer(text=True, heads=False) | linear("t5_proj", 2048, 768)},
         "blip2_finetune_coco": {"shapes": qformer(text=True) | eva("visual_encoder.", 39, 677, whole=False)},
         "pretrained_minigpt4_13b": {"shapes": projection(5120)},
         "pretrained_minigpt4_7b": {"shapes": projection(4096) | position_ids | rotary},
@@ -157,40 +163,103 @@ def hand_written() -> dict[str, dict[str, Any]]:
     return files
 
 
-def from_transformers() -> dict[str, dict[str, Any]]:
-    import torch
+def opt_config(size: int) -> dict[str, Any]:
+    return {
+        "model_type": "opt",
+        "activation_function": "relu",
+        "do_layer_norm_before": True,
+        "hidden_size": size,
+        "word_embed_proj_dim": size,
+        "ffn_dim": 4 * size,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "max_position_embeddings": 2048,
+        "vocab_size": 50272,
+    }
+
+
+def t5_config(size: int, mlp: int, heads: int, **fields: Any) -> dict[str, Any]:
+    return {
+        "model_type": "t5",
+        "d_model": size,
+        "d_kv": 64,
+        "d_ff": mlp,
+        "num_layers": 24,
+        "num_decoder_layers": 24,
+        "num_heads": heads,
+        "feed_forward_proj": "gated-gelu",
+        "tie_word_embeddings": False,
+        "decoder_start_token_id": 0,
+        "vocab_size": 32128,
+        **fields,
+    }
+
+
+XL, XXL = (2048, 5120, 32), (4096, 10240, 64)
+
+
+def language_models() -> dict[str, dict[str, Any]]:
+    """OPT and FlanT5: ``config.json`` as published, keys and shapes by ``transformers``."""
     import transformers as hf
 
-    opt = hf.OPTConfig(
-        hidden_size=2560, word_embed_proj_dim=2560, ffn_dim=10240, num_hidden_layers=32, num_attention_heads=32
-    )
-    t5 = hf.T5Config(
-        vocab_size=32128, d_model=2048, d_kv=64, d_ff=5120, num_layers=24, num_heads=32, feed_forward_proj="gated-gelu"
-    )
-    vicuna = hf.LlamaConfig(vocab_size=32001)
+    configs = {
+        "opt_2.7b": opt_config(2560),
+        "opt_6.7b": opt_config(4096),
+        "flan_t5_xl": t5_config(*XL),
+        "flan_t5_xxl": t5_config(*XXL),
+    }
+    files = {}
+    for name, values in configs.items():
+        is_opt = values["model_type"] == "opt"
+        config = hf.OPTConfig(**values) if is_opt else hf.T5Config(**values)
+        files[name] = {
+            "shapes": on_meta(hf.OPTForCausalLM if is_opt else hf.T5ForConditionalGeneration, config),
+            "config": values,
+        }
+    return files
+
+
+def on_meta(model: Any, config: Any) -> Shapes:
+    import torch
+
+    with torch.device("meta"):
+        state = model(config).state_dict()
+    return compact({key: list(tensor.shape) for key, tensor in state.items()})
+
+
+def from_transformers() -> dict[str, dict[str, Any]]:
+    import transformers as hf
+
+    vicuna = hf.LlamaConfig(vocab_size=32001).to_dict()
+    opt, t5 = opt_config(2560), t5_config(*XL, dense_act_fn="gelu")
+    instructed = {"vocab_size": 30523}
     reader = {"vocab_size": 30523, "use_qformer_text_input": True}
     made = {
         "hf_blip2_itm_vit_g": (
             hf.Blip2ForImageTextRetrieval,
             hf.Blip2Config(image_text_hidden_size=256, qformer_config=reader),
         ),
-        "hf_blip2_opt_2.7b": (hf.Blip2ForConditionalGeneration, hf.Blip2Config(text_config=opt.to_dict())),
-        "hf_blip2_flan_t5_xl": (hf.Blip2ForConditionalGeneration, hf.Blip2Config(text_config=t5.to_dict())),
+        "hf_blip2_opt_2.7b": (hf.Blip2ForConditionalGeneration, hf.Blip2Config(text_config=opt)),
+        "hf_blip2_flan_t5_xl": (hf.Blip2ForConditionalGeneration, hf.Blip2Config(text_config=t5)),
         "hf_instructblip_vicuna_7b": (
             hf.InstructBlipForConditionalGeneration,
-            hf.InstructBlipConfig(text_config=vicuna.to_dict(), qformer_config={"vocab_size": 30523}),
+            hf.InstructBlipConfig(text_config=vicuna, qformer_config=instructed),
+        ),
+        "hf_instructblip_flan_t5_xl": (
+            hf.InstructBlipForConditionalGeneration,
+            hf.InstructBlipConfig(text_config=t5, qformer_config=instructed),
         ),
     }
     files = {}
     for name, (model, config) in made.items():
-        with torch.device("meta"):
-            state = model(config).state_dict()
         values = config.to_dict()
         kept = {key: values[key] for key in ("model_type", "vision_config", "qformer_config", "text_config")}
         files[name] = {
-            "shapes": compact({key: list(tensor.shape) for key, tensor in state.items()}),
+            "shapes": on_meta(model, config),
             "config": {key: slim(value) for key, value in kept.items()},
         }
+    for name, text in (("blip2_opt_2.7b", opt), ("blip2_flan_t5_xl", t5), ("instructblip_flan_t5_xl", t5)):
+        files[f"hf_{name}"]["config"]["text_config"] = text  # as published, not as transformers 5 rewrites it
     return files
 
 
@@ -219,7 +288,7 @@ def compact(shapes: Shapes) -> Shapes:
 
 def main() -> None:
     HERE.mkdir(exist_ok=True)
-    for name, values in (hand_written() | from_transformers()).items():
+    for name, values in (hand_written() | language_models() | from_transformers()).items():
         lines = [f"  {json.dumps(key)}: {json.dumps(shape)}" for key, shape in values.pop("shapes").items()]
         head = "".join(f" {json.dumps(key)}: {json.dumps(value)},\n" for key, value in values.items())
         text = "{\n" + head + ' "shapes": {\n' + ",\n".join(lines) + "\n }\n}\n"

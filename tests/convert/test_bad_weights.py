@@ -200,7 +200,7 @@ def test_a_directory_without_weights(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "match"),
     [
-        ({"model_type": "mistral"}, "model_type is 'mistral'; only 'llama'"),
+        ({"model_type": "mistral"}, "model_type is 'mistral'; only llama, opt, t5 are"),
         ({"attention_bias": True}, "attention_bias is True"),
         ({"mlp_bias": True}, "mlp_bias is True"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
@@ -222,7 +222,8 @@ def test_config_json(tmp_path):
     refused(tmp_path, "config.json: is a Git-LFS pointer", llm=target)
     (target / "config.json").unlink()
     refused(tmp_path, "has no config.json", llm=target)
-    refused(tmp_path, "model_type 'opt' is not one of", from_dir=GOLDEN / "blip2_opt" / "opt_model")
+    (target / "config.json").write_text('{"model_type": "bert"}')
+    refused(tmp_path, "model_type 'bert' is not one of", from_dir=target)
 
 
 def test_the_wrong_width(tmp_path):

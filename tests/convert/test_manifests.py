@@ -14,6 +14,9 @@ from mgpt4_jax.models import abstract_params
 
 VIT_G, LN_VISION, QFORMER = 985_894_528, 2_816, 105_162_240
 LLAMA_7B, LLAMA_13B, LLAMA_33B, LLAMA_65B = 6_738_415_616, 13_015_864_320, 32_528_943_616, 65_285_660_672
+OPT_2_7B, OPT_6_7B = 2_651_596_800, 6_658_473_984
+FLAN_T5_XL, FLAN_T5_XXL = 2_849_757_184, 11_135_332_352
+QFORMER_TEXT = 30_523 * 768 + 512 * 768 + 12 * (2 * 768 * 3072 + 3072 + 768 + 2 * 768)
 STAGE1 = {"vit": "eva_vit_g", "qformer": "blip2_pretrained"}
 MINIGPT4 = {"vit": "eva_vit_g", "qformer": "blip2_pretrained_flant5xxl"}
 
@@ -45,6 +48,56 @@ def count_at_full_size(files, **options):
 def test_language_models(name, count):
     config, _, found = count_at_full_size({"llm": name})
     assert (config.architecture, found) == ("llama", count)
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture", "count"),
+    [
+        ("opt_2.7b", "opt", OPT_2_7B),
+        ("opt_6.7b", "opt", OPT_6_7B),
+        ("flan_t5_xl", "t5", FLAN_T5_XL),
+        ("flan_t5_xxl", "t5", FLAN_T5_XXL),
+    ],
+)
+@pytest.mark.parametrize("role", ["llm", "model"])
+def test_opt_and_t5(name, architecture, count, role):
+    config, planned, found = count_at_full_size({role: name})
+    assert (config.architecture, found) == (architecture, count)
+    assert len(planned.aliases) == (1 if architecture == "opt" else 2)
+    assert config.t5 is None or config.t5.activation == "gelu_new"  # as Google trained it
+
+
+@pytest.mark.parametrize(
+    ("reader", "llm", "count"),
+    [
+        ("blip2_pretrained_opt2.7b", "opt_2.7b", OPT_2_7B + 769 * 2560),
+        ("blip2_pretrained_opt6.7b", "opt_6.7b", OPT_6_7B + 769 * 4096),
+        ("blip2_pretrained_flant5xl", "flan_t5_xl", FLAN_T5_XL + 769 * 2048),
+        ("blip2_pretrained_flant5xxl", "flan_t5_xxl", FLAN_T5_XXL + 769 * 4096),
+        ("instruct_blip_flanxl_trimmed", "flan_t5_xl", FLAN_T5_XL + 769 * 2048 + QFORMER_TEXT),
+        ("blip2_pretrained", "opt_2.7b", OPT_2_7B + 769 * 2560),  # where stage 2 begins
+        ("blip2_pretrained_opt2.7b", "flan_t5_xl", FLAN_T5_XL + 769 * 2048),
+    ],
+)
+def test_blip2_on_opt_and_flan_t5(reader, llm, count):
+    config, planned, found = count_at_full_size({"vit": "eva_vit_g", "qformer": reader, "llm": llm})
+    kind = "opt" if "opt" in llm else "t5"
+    assert (config.architecture, config.tokens_per_image) == (f"blip2_{kind}", 32)
+    assert found == VIT_G + LN_VISION + QFORMER + count
+    assert config.qformer.with_text == ("instruct" in reader)
+    assert config.t5 is None or config.t5.activation == "gelu"  # as LAVIS runs it
+    is_trained = reader.removeprefix("blip2_pretrained_").replace("flant5", "flan_t5_").replace("opt", "opt_") == llm
+    assert bool(planned.fills) != (is_trained or "instruct" in reader)
+
+
+def test_the_wrong_flan_t5_is_named():
+    with pytest.raises(UserError, match="projects to width 4096, but the language model flan_t5_xl has width 2048"):
+        count_at_full_size({"vit": "eva_vit_g", "qformer": "blip2_pretrained_flant5xxl", "llm": "flan_t5_xl"})
+
+
+def test_opt_needs_a_qformer():
+    with pytest.raises(UserError, match="reads pictures with a Q-Former; add --qformer"):
+        count_at_full_size({"vit": "eva_vit_g", "llm": "opt_2.7b"})
 
 
 def test_eva_alone_leaves_out_its_last_block_and_its_end():
@@ -110,20 +163,23 @@ def test_picture_side_alone(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "architecture", "left_out"),
+    ("name", "architecture", "count"),
     [
-        ("hf_blip2_itm_vit_g", "blip2", 0),
-        ("hf_blip2_opt_2.7b", "encoder", 519),
-        ("hf_blip2_flan_t5_xl", "encoder", 562),
-        ("hf_instructblip_vicuna_7b", "instructblip", 0),
+        ("hf_blip2_itm_vit_g", "blip2", QFORMER_TEXT + 2 * 769 * 256 + 769 * 2 + 1),
+        ("hf_blip2_opt_2.7b", "blip2_opt", OPT_2_7B + 769 * 2560),
+        ("hf_blip2_flan_t5_xl", "blip2_t5", FLAN_T5_XL + 769 * 2048),
+        ("hf_instructblip_vicuna_7b", "instructblip", LLAMA_7B + 2 * 4096 + 769 * 4096 + QFORMER_TEXT),
+        ("hf_instructblip_flan_t5_xl", "blip2_t5", FLAN_T5_XL + 769 * 2048 + QFORMER_TEXT),
     ],
 )
-def test_hugging_face_directories(name, architecture, left_out):
-    config, planned, _ = count_at_full_size({"model": name})
+def test_hugging_face_directories(name, architecture, count):
+    config, planned, found = count_at_full_size({"model": name})
     assert config.architecture == architecture
     assert (config.vit.hidden_size, config.qformer.num_heads) == (1408, 12)
-    assert sum(map(len, planned.ignored.values())) == left_out
-    assert (config.llama is not None) == (architecture == "instructblip")
+    assert not planned.ignored
+    assert found == VIT_G + LN_VISION + QFORMER + count
+    assert config.qformer.with_text == ("itm" in name or "instructblip" in name)
+    assert config.t5 is None or (config.t5.activation, config.t5.scale_logits) == ("gelu", False)
 
 
 def test_delta_has_one_row_more_than_its_base():
