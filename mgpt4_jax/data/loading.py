@@ -20,7 +20,7 @@ from mgpt4_jax.data.batching import Batch, TrainingSequence, bucket_for, pad_seq
 from mgpt4_jax.data.images import crop_resize, load_image, random_crop_box, resize
 from mgpt4_jax.data.order import MAX_SAMPLES, Order, Place, SequentialOrder, TrainOrder, replacements
 from mgpt4_jax.data.prefetching import Prefetcher
-from mgpt4_jax.data.rows import RowBuilder, buckets_of, filling_row
+from mgpt4_jax.data.rows import Rows, buckets_of
 from mgpt4_jax.data.samples import Sample, Source
 from mgpt4_jax.errors import TrainingStopped, UserError
 from mgpt4_jax.train_config import DataConfig
@@ -64,7 +64,7 @@ class Loader:
     def __init__(
         self,
         sources: Sequence[Source],
-        rows: RowBuilder,
+        rows: Rows,
         data: DataConfig,
         *,
         batch_size: int,
@@ -99,17 +99,24 @@ class Loader:
         maker = _BatchMaker(self._settings, self._sources, self._order)
         return self._prefetch(maker, start, None, self._data.num_workers)
 
-    def validation_batches(self, sources: Sequence[Source], *, limit: int = 0) -> Prefetcher[TrainBatch]:
+    def validation_batches(
+        self, sources: Sequence[Source], *, limit: int = 0, whole: bool = False
+    ) -> Prefetcher[TrainBatch]:
         """Every sample of ``sources`` once, in order, never cropped; the last batch is filled with empty rows.
 
         All processes get the same number of batches. A bad sample is not replaced: its row predicts nothing.
 
         Args:
           limit: most batches; 0: all.
+          whole: leave out the rest that fills no batch: where rows count in each other's loss, a batch with empty
+            rows would be another one.
         """
         order = SequentialOrder(_sizes(sources), self._batch_size)
+        count = sum(_sizes(sources)) // self._batch_size if whole else len(order)
+        if not count:
+            raise UserError(f"data.validation holds fewer samples than batch_size {self._batch_size}; give more")
         settings = dataclasses.replace(self._settings, crops=False, validates=True)
-        count = min(len(order), limit) if limit else len(order)
+        count = min(count, limit) if limit else count
         workers = min(self._data.num_workers, count) if count > 1 else 0  # one batch is sooner made than a process
         return self._prefetch(_BatchMaker(settings, tuple(sources), order), 0, count, workers)
 
@@ -125,8 +132,7 @@ class Loader:
             "weights": [source.weight for source in self._data.train],
             "transform": self._data.transform,
             "text": dataclasses.asdict(rows.text),
-            "template": rows.template.training,
-            "row": [rows.objective, rows.clean_captions, rows.tokens_per_image],
+            "row": rows.facts(),
             "batch": [self._batch_size, self._settings.image_size, self._seed, *self._settings.buckets],
             "first": first,
         }
@@ -194,7 +200,7 @@ class BadSamples:
 class _Settings:
     """What a batch depends on besides its samples."""
 
-    rows: RowBuilder
+    rows: Rows
     crops: bool
     image_size: int
     seed: int
@@ -242,11 +248,11 @@ class _BatchMaker:
     def _pad(self, sequences: list[TrainingSequence]) -> Batch:
         longest = max((len(sequence) for sequence in sequences), default=1)
         length = bucket_for(longest, self._settings.buckets)
-        return pad_sequences(sequences, length, pad_id=self._settings.rows.tokenizer.pad_id)
+        return pad_sequences(sequences, length, pad_id=self._settings.rows.pad_id)
 
     def _row(self, place: Place | None, step: int, row: int, instruction: str | None, bad: list[str]) -> _Row:
         """The sample at ``place``, or the one that replaces it; what was bad is added to ``bad``."""
-        empty = _Row(filling_row(self._settings.rows.tokenizer), None, "")
+        empty = _Row(self._settings.rows.filling_row(), None, "")
         if place is None:
             return empty
         source, tried = self._sources[place.source], len(bad)
@@ -309,5 +315,4 @@ def _sizes(sources: Sequence[Source]) -> list[int]:
 
 def _describe(sample: Sample | None, error: UserError) -> str:
     """'name: reason'; a source that could not give the sample names it itself."""
-    text = str(error)
-    return text if sample is None or sample.name in text else f"{sample.name}: {text}"
+    return str(error) if sample is None or str(error).startswith(sample.name) else f"{sample.name}: {error}"

@@ -1,11 +1,14 @@
-"""From a picture's words to one row of a batch: what the language model reads, and what it is to predict."""
+"""From a picture's words to one row of a batch: what is read of them, and what is to be predicted.
+
+A builder holds the directory of its tokeniser and not the tokeniser, which cannot be sent to a worker process.
+"""
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -13,18 +16,47 @@ from mgpt4_jax.config import IGNORED
 from mgpt4_jax.data.batching import TrainingSequence, training_sequence, wrap_instruction
 from mgpt4_jax.data.prompts import IMAGE, MARKED_IMAGE, Template
 from mgpt4_jax.data.samples import Sample
-from mgpt4_jax.data.text import Tokenizer, clean_caption, load_llama_tokenizer
+from mgpt4_jax.data.text import BertTokenizer, Tokenizer, clean_caption, load_bert_tokenizer, load_llama_tokenizer
 from mgpt4_jax.errors import UserError
 from mgpt4_jax.train_config import TextConfig
 
 BUCKET_STEP = 32
 
 
+class Rows(Protocol):
+    """Turns samples into sequences; sent to worker processes."""
+
+    @property
+    def text(self) -> TextConfig: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer | BertTokenizer: ...
+
+    @property
+    def pad_id(self) -> int:
+        """What a row is padded with."""
+        ...
+
+    def draw_instruction(self, rng: np.random.Generator) -> str | None:
+        """The one instruction of a batch; None: it has none."""
+        ...
+
+    def row(self, sample: Sample, drawn: str | None = None) -> TrainingSequence:
+        """The sequence of ``sample``; a bad one raises ``UserError``."""
+        ...
+
+    def filling_row(self) -> TrainingSequence:
+        """A row that only fills a batch: it predicts nothing, and has a position to attend to."""
+        ...
+
+    def facts(self) -> list[Any]:
+        """What decides the rows besides ``text``, as JSON: part of a run's fingerprint."""
+        ...
+
+
 @dataclass(frozen=True)
 class RowBuilder:
-    """Turns samples into training sequences.
-
-    It holds the tokeniser's directory and not the tokeniser, which cannot be sent to a worker process.
+    """Sequences of the language model: the picture, what is asked of it, the answer.
 
     Args:
       tokenizer_dir: as ``load_llama_tokenizer`` reads it.
@@ -50,6 +82,17 @@ class RowBuilder:
     @property
     def tokenizer(self) -> Tokenizer:
         return _load_tokenizer(str(self.tokenizer_dir))
+
+    @property
+    def pad_id(self) -> int:
+        return self.tokenizer.pad_id
+
+    def facts(self) -> list[Any]:
+        return [self.template.training, self.objective, self.clean_captions, self.tokens_per_image]
+
+    def filling_row(self) -> TrainingSequence:
+        """It begins as every row does."""
+        return _lone(self.tokenizer.bos_id)
 
     def draw_instruction(self, rng: np.random.Generator) -> str | None:
         """The one instruction of a batch, as MiniGPT-4's ``random.choice`` draws it; None: it has none."""
@@ -104,17 +147,61 @@ def buckets_of(text: TextConfig) -> tuple[int, ...]:
     return (*range(BUCKET_STEP, text.max_length, BUCKET_STEP), text.max_length)
 
 
-def filling_row(tokenizer: Tokenizer) -> TrainingSequence:
-    """A row that only fills a batch: it predicts nothing.
+@dataclass(frozen=True)
+class PairBuilder:
+    """Captions as the Q-Former reads them beside a picture: ``[CLS] caption [SEP]`` (LAVIS ``Blip2Qformer``).
 
-    It begins as every row does, so that each of its positions has one to attend to and none turns into NaN.
+    Args:
+      tokenizer_dir: as ``load_bert_tokenizer`` reads it.
+      clean_captions: as BLIP-2's caption processor.
     """
+
+    tokenizer_dir: str | Path
+    text: TextConfig
+    clean_captions: bool = True
+
+    @property
+    def tokenizer(self) -> BertTokenizer:
+        return _load_bert(str(self.tokenizer_dir))
+
+    @property
+    def pad_id(self) -> int:
+        return self.tokenizer.pad_id
+
+    def facts(self) -> list[Any]:
+        return ["pairs", self.clean_captions]
+
+    def filling_row(self) -> TrainingSequence:
+        return _lone(self.tokenizer.cls_id)
+
+    def draw_instruction(self, rng: np.random.Generator) -> str | None:
+        return None
+
+    def row(self, sample: Sample, drawn: str | None = None) -> TrainingSequence:
+        """The caption, which loses its end beyond ``max_text_length`` tokens; its pieces are all predicted."""
+        if sample.image is None:
+            raise UserError("there is no picture, and a pair is a picture and its caption")
+        words = clean_caption(sample.answer) if self.clean_captions else sample.answer
+        if not words.strip():
+            raise UserError("the caption is empty" + (" once it is cleaned" if sample.answer.strip() else ""))
+        ids = np.array(self.tokenizer.encode(words, max_length=self.text.max_text_length), np.int32)
+        targets = np.concatenate([[IGNORED], ids[1:]]).astype(np.int32)
+        return TrainingSequence(ids, np.full(len(ids), -1, np.int32), np.ones(len(ids), bool), targets)
+
+
+def _lone(first_id: int) -> TrainingSequence:
+    """One position that attends to itself, so that nothing turns into NaN, and predicts nothing."""
     return TrainingSequence(
-        ids=np.array([tokenizer.bos_id], np.int32),
+        ids=np.array([first_id], np.int32),
         slots=np.array([-1], np.int32),
         mask=np.array([True]),
         targets=np.array([IGNORED], np.int32),
     )
+
+
+@functools.cache
+def _load_bert(directory: str) -> BertTokenizer:
+    return load_bert_tokenizer(directory)
 
 
 @functools.cache

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from mgpt4_jax.config import IGNORED
 from mgpt4_jax.data.loading import TrainBatch
+from mgpt4_jax.data.rows import RowBuilder
 from mgpt4_jax.data.text import Tokenizer
 from mgpt4_jax.distributed import agree_max
 from mgpt4_jax.sharding import process_rows, put_batch
@@ -101,8 +102,8 @@ class SampleCaptions:
     def __init__(self, plan: Plan, data: Data, module: nn.Module):
         self._plan, self._data = plan, data
         self._max_new = plan.config.text.max_text_length
-        tokenizer = data.rows.tokenizer
-        self._stops = stop_sequences(tokenizer, plan.config.text.end_symbol)
+        assert isinstance(data.rows, RowBuilder)  # of the stages that tell
+        self._stops = stop_sequences(data.rows.tokenizer, plan.config.text.end_symbol)
         self._rows: _Rows | None = None
         program = caption_program(module, max_new=self._max_new, stops=self._stops)
         self._program = jax.jit(program, out_shardings=NamedSharding(plan.mesh, P()))

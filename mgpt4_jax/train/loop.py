@@ -27,6 +27,7 @@ from mgpt4_jax.train.monitor import LossGuard, Monitor, Speed
 from mgpt4_jax.train.run import Signals, check_unchanged, run_directory, write_config
 from mgpt4_jax.train.run_log import read_log, read_losses
 from mgpt4_jax.train.setup import Data, Plan, Programs, device_arrays, load_state, make_plan, open_data, weight_table
+from mgpt4_jax.train.stages import STAGES
 from mgpt4_jax.train_config import TrainConfig, train_config_to_dict
 from mgpt4_jax.typing import Params
 
@@ -130,8 +131,10 @@ class _Trainer:
         self._remember_log()
         if is_main():
             write_config(self.run, self.about["config"])
-        self.programs = Programs(self.plan, self.frozen, self.say)
-        self.captions = SampleCaptions(self.plan, self.data, self.programs.module)
+        self.programs = Programs(self.plan, self.data.rows, self.frozen, self.say)
+        self.stage = STAGES[self.config.objective]
+        if self.stage.tells:
+            self.captions = SampleCaptions(self.plan, self.data, self.programs.module)
 
     def _remember_log(self) -> None:
         """What the steps up to the start have shown: their losses, and how many samples were bad."""
@@ -198,7 +201,7 @@ class _Trainer:
         """Padded to the longest bucket that any host needs for this step; with one bucket nobody need ask."""
         if len(self.data.buckets) == 1:
             return batch
-        return pad_batch(batch, agree_max(batch.ids.shape[1]), pad_id=self.data.rows.tokenizer.pad_id)
+        return pad_batch(batch, agree_max(batch.ids.shape[1]), pad_id=self.data.rows.pad_id)
 
     def _settle(self) -> None:
         """Fetch the numbers of the pending step, report them, and stop the run if they are bad."""
@@ -240,7 +243,7 @@ class _Trainer:
     def _after(self, done: int) -> None:
         log, every, is_last = self.config.log, self.config.checkpoint.every, done == self.config.num_steps
         validates = bool(self.data.validation) and (is_last or _is_due(done, log.validate_every))
-        samples, saves = _is_due(done, log.sample_every), is_last or _is_due(done, every)
+        samples, saves = self.stage.tells and _is_due(done, log.sample_every), is_last or _is_due(done, every)
         if not (validates or samples or saves):
             return
         self._settle()
@@ -257,22 +260,25 @@ class _Trainer:
         return self.state.trainable if self.state.average is None else self.state.average
 
     def _validate(self, done: int) -> None:
-        """Mean loss over the predicted tokens of the validation set."""
-        total = weight = 0.0
-        limit = self.config.log.validation_batches
-        with self.data.loader.validation_batches(self.data.validation, limit=limit) as batches:
+        """Means over the validation set: over its predicted tokens, or whatever the objective counts in."""
+        totals: dict[str, float] = {}
+        limit, whole = self.config.log.validation_batches, self.stage.needs_whole_batches
+        with self.data.loader.validation_batches(self.data.validation, limit=limit, whole=whole) as batches:
             for batch in map(self._agreed, batches):
                 evaluate = self.programs.evaluation(batch.ids.shape[1])
                 arrays = put_batch(self.plan.mesh, device_arrays(batch))
                 found = jax.device_get(evaluate(self._trained(), self.frozen, arrays))
-                total += float(found["loss"]) * float(found["weight"])
-                weight += float(found["weight"])
+                weight = float(found.pop("weight"))
+                for name, value in {**found, "weight": 1.0}.items():
+                    totals[name] = totals.get(name, 0.0) + float(value) * weight
                 for text in batch.bad:
                     self.monitor.event(done, f"bad validation sample, left out: {text}")
+        weight = totals.pop("weight", 0.0)
         if not weight:
             raise UserError("data.validation: no sample of it can be used; `mgpt4 data validate` says why")
-        self.validation_loss = total / weight
-        self.monitor.validation(done, {"loss": self.validation_loss})
+        means = {name: total / weight for name, total in totals.items()}
+        self.validation_loss = means["loss"]
+        self.monitor.validation(done, means)
 
     def _save(self, done: int, validation_loss: float | None = None) -> None:
         self.monitor.flush()

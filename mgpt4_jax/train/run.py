@@ -97,8 +97,8 @@ def check_unchanged(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
         )
     if altered := [path for path, digits in saved["frozen"].items() if now["frozen"].get(path) != digits]:
         raise UserError(
-            f"the frozen parameter {altered[0]} is not the one this run began with; give the same --model, or start a "
-            "new run directory"
+            f"{now['config']['model']}: the frozen parameter {altered[0]} is not the one this run began with; give "
+            "the same --model, or start a new run directory"
         )
     return changes
 

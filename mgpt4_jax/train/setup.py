@@ -7,7 +7,6 @@ import functools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,8 +18,7 @@ from jax.sharding import Mesh
 from mgpt4_jax.checkpoint import ModelManifest, flatten, load_params, nest, read_manifest
 from mgpt4_jax.config import ModelConfig
 from mgpt4_jax.data.loading import Loader, TrainBatch
-from mgpt4_jax.data.prompts import get_template
-from mgpt4_jax.data.rows import RowBuilder, buckets_of
+from mgpt4_jax.data.rows import Rows, buckets_of
 from mgpt4_jax.data.sources import Source, open_source
 from mgpt4_jax.errors import UserError
 from mgpt4_jax.memory import bytes_per_device, free_memory, readable
@@ -29,7 +27,8 @@ from mgpt4_jax.optim import make_optimizer
 from mgpt4_jax.progress import progress
 from mgpt4_jax.sharding import batch_sharding, param_shardings, process_rows
 from mgpt4_jax.train.flops import count_flops
-from mgpt4_jax.train.objectives import caption_objective, training_model
+from mgpt4_jax.train.objectives import training_model
+from mgpt4_jax.train.stages import STAGES
 from mgpt4_jax.train.state import TrainState, make_state, split, state_shardings, trainable_paths
 from mgpt4_jax.train.step import make_evaluation, make_train_step
 from mgpt4_jax.train_config import TrainConfig
@@ -46,7 +45,7 @@ class Data:
     """Sources are open; ``rows`` makes sequences of their samples."""
 
     loader: Loader
-    rows: RowBuilder
+    rows: Rows
     validation: tuple[Source, ...]
     buckets: tuple[int, ...]
 
@@ -73,14 +72,10 @@ class Plan:
 def make_plan(config: TrainConfig, mesh: Mesh) -> Plan:
     """Refuses what does not fit together, before anything large is read."""
     manifest = read_manifest(config.model)
-    if manifest.config.architecture != "minigpt4":
-        kind = manifest.config.architecture
-        raise UserError(f"{config.model}: objective {config.objective!r} trains a minigpt4 model, not {kind}")
-    llama = manifest.config.llama
-    if config.lora and llama.lora not in (None, config.lora):
-        raise UserError(f"{config.model}: has adapters already ({llama.lora}); leave `lora` out to train those")
-    adapters = config.lora or llama.lora
-    model = dataclasses.replace(manifest.config, llama=dataclasses.replace(llama, lora=adapters))
+    kind, wanted = manifest.config.architecture, STAGES[config.objective].architecture
+    if kind != wanted:
+        raise UserError(f"{config.model}: objective {config.objective!r} trains a {wanted} model, not {kind}")
+    model = _with_adapters(config, manifest.config)
     paths = flatten(abstract_params(model))
     trained = trainable_paths(paths, config.trainable)
     shardings = param_shardings(model, mesh)
@@ -96,6 +91,17 @@ def make_plan(config: TrainConfig, mesh: Mesh) -> Plan:
     return Plan(
         config, manifest, model, mesh, jnp.dtype(dtype), frozenset(trained), optimizer, abstract, flatten(shardings)
     )
+
+
+def _with_adapters(config: TrainConfig, model: ModelConfig) -> ModelConfig:
+    """The model with the adapters of this run, beside those that it has."""
+    if config.lora is None:
+        return model
+    if model.llama is None:
+        raise UserError(f"{config.model}: has no language model that `lora` could adapt; leave it out")
+    if model.llama.lora not in (None, config.lora):
+        raise UserError(f"{config.model}: has adapters already ({model.llama.lora}); leave `lora` out to train those")
+    return dataclasses.replace(model, llama=dataclasses.replace(model.llama, lora=config.lora))
 
 
 def _make_state(config: TrainConfig, trainable: Params, optimizer: optax.GradientTransformation) -> TrainState:
@@ -131,15 +137,7 @@ def open_data(plan: Plan, say: Say) -> Data:
         validation = tuple(open_source(source, report) for source in config.data.validation)
     for source in (*train, *validation):
         say(f"{source.name}: {len(source):,} samples")
-    template = get_template(config.text.template or plan.manifest.template)
-    rows = RowBuilder(
-        Path(config.model) / "tokenizer",
-        config.text,
-        template,
-        plan.model.tokens_per_image,
-        config.objective,
-        config.data.clean_captions,
-    )
+    rows = STAGES[config.objective].rows(config, plan.manifest)
     loader = Loader(
         train,
         rows,
@@ -174,10 +172,10 @@ def _new_adapters(plan: Plan, paths: set[str]) -> dict[str, jax.Array]:
 class Programs:
     """The compiled programs of a run: one train step and one evaluation for each length of rows."""
 
-    def __init__(self, plan: Plan, frozen: Params, say: Say):
+    def __init__(self, plan: Plan, rows: Rows, frozen: Params, say: Say):
         config = plan.config
         module = training_model(config, plan.model, plan.trained, plan.dtype)
-        objective = caption_objective(module)
+        objective = STAGES[config.objective].objective(module, rows)
         self.module, self._plan, self._say = module, plan, say
         self._frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), frozen)
         self._step = make_train_step(

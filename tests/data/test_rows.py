@@ -12,7 +12,7 @@ import pytest
 from mgpt4_jax.config import IGNORED
 from mgpt4_jax.data.batching import training_sequence
 from mgpt4_jax.data.prompts import INSTRUCTBLIP, LLAMA2, VICUNA_V0
-from mgpt4_jax.data.rows import RowBuilder, buckets_of, filling_row
+from mgpt4_jax.data.rows import RowBuilder, buckets_of
 from mgpt4_jax.data.samples import Sample
 from mgpt4_jax.errors import UserError
 from mgpt4_jax.train_config import TextConfig
@@ -183,7 +183,7 @@ def test_buckets() -> None:
 
 
 def test_a_filling_row_predicts_nothing_and_attends_to_its_start(align: RowBuilder) -> None:
-    row = filling_row(align.tokenizer)
+    row = align.filling_row()
     assert (row.targets == IGNORED).all()
     assert row.mask.tolist() == [True]
     assert row.slots.tolist() == [-1]
