@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -54,6 +55,12 @@ def example_inputs(config: ModelConfig) -> tuple[Any, ...]:
 
 def boxed_params(config: ModelConfig) -> Any:
     """Abstract parameters with their logical axis names (``nn.LogicallyPartitioned`` leaves)."""
+    return jax.tree.map(lambda leaf: leaf, _traced(config))  # dicts of the caller's own
+
+
+@functools.lru_cache(maxsize=32)
+def _traced(config: ModelConfig) -> Any:
+    """Tracing a model takes a second or more, and a run asks for its shapes some ten times."""
     module = build(config)
     return jax.eval_shape(lambda key: module.init(key, *example_inputs(config)), jax.random.key(0))["params"]
 
