@@ -17,6 +17,7 @@ import fcntl
 import functools
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -270,7 +271,8 @@ def write_trained_model(
     manifest = read_manifest(base_dir)
     if (out / "model.json").is_file() and read_manifest(out).base is None:
         raise UserError(f"{out}: holds a whole model, which a trained one does not replace; choose another name")
-    _check_trained(trained, config, manifest, base_dir)
+    shapes = {path: tuple(leaf.shape) for path, leaf in flatten(abstract_params(config)).items()}
+    _check_trained(trained, shapes, manifest, base_dir)
     if jax.process_index() != 0:
         for path, leaf in trained.items():
             list(_rows(path, leaf))  # gathering is a work of all hosts
@@ -287,22 +289,20 @@ def write_trained_model(
         for name in ("tokenizer", "qformer_tokenizer"):
             if (base_dir / name).is_dir():
                 shutil.copytree(base_dir / name, partial / name)
-        expected = flatten(abstract_params(config))
         ModelManifest(
             config=config,
             template=template,
-            num_parameters=sum(leaf.size for leaf in expected.values()),
-            dtypes={path: writer.dtypes.get(path) or manifest.dtypes[path] for path in expected},
+            num_parameters=sum(math.prod(shape) for shape in shapes.values()),
+            dtypes={path: writer.dtypes.get(path) or manifest.dtypes[path] for path in shapes},
             sources=manifest.sources,
-            base=_base_of(out, base_dir, manifest, expected.keys() - writer.dtypes.keys()),
+            base=_base_of(out, base_dir, manifest, shapes.keys() - writer.dtypes.keys()),
         ).write(partial)
 
 
 def _check_trained(
-    trained: Mapping[str, Any], config: ModelConfig, manifest: ModelManifest, base_dir: Path | str
+    trained: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], manifest: ModelManifest, base_dir: Path
 ) -> None:
-    """What was trained and the base make the model of ``config``, nothing missing and nothing over."""
-    shapes = {path: tuple(leaf.shape) for path, leaf in flatten(abstract_params(config)).items()}
+    """What was trained and the base make the model of these ``shapes``, nothing missing and nothing over."""
     given = {path: tuple(leaf.shape) for path, leaf in trained.items()}
     if wrong := [path for path, shape in given.items() if shapes.get(path) != shape]:
         raise UserError(f"{wrong[0]} was trained with shape {given[wrong[0]]}, the model has {shapes.get(wrong[0])}")

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ ADAPTED = replace(MINIGPT4, llama=replace(MINIGPT4.llama, lora=LORA))
 PROJECTION = ("projection/kernel", "projection/bias")
 
 
+@cache
 def as_leaves(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
     return flatten(random_params(config, seed))
 
@@ -57,6 +59,14 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def run(whole: Path) -> Path:
+    """A projection and adapters that were trained on it."""
+    out, leaves = whole.parent.parent / "run" / "model", as_leaves(ADAPTED, 1)
+    write_trained_model(out, whole, {path: leaves[path] for path in leaves if is_trained(path)}, ADAPTED, "vicuna_v1")
+    return out
+
+
 @pytest.fixture
 def base(whole: Path, tmp_path: Path) -> Path:
     """A copy that a test may spoil."""
@@ -64,11 +74,9 @@ def base(whole: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def trained(base: Path, tmp_path: Path) -> Path:
-    """A projection and adapters that were trained on ``base``."""
-    out, leaves = tmp_path / "run" / "model", as_leaves(ADAPTED, 1)
-    write_trained_model(out, base, {path: leaves[path] for path in leaves if is_trained(path)}, ADAPTED, "vicuna_v1")
-    return out
+def trained(run: Path, base: Path, tmp_path: Path) -> Path:
+    """A copy that stands on ``base``, which lies where it lay to the original."""
+    return Path(shutil.copytree(run, tmp_path / "run" / "model"))
 
 
 def is_trained(path: str) -> bool:
