@@ -59,6 +59,15 @@ class Request:
     """Gets the new ids of each chunk and returns True to stop the row (texts that stop an answer)."""
 
 
+class Prompts(NamedTuple):
+    """Right-padded prompts, as a device gets them."""
+
+    ids: Int[Array, "b t"]
+    slots: Int[Array, "b t"]
+    images: Float[Array, "b s d"] | None
+    lengths: Int[Array, " b"]
+
+
 @dataclass(frozen=True)
 class Update:
     """What a request gained in a chunk. ``ids`` hold the token or sequence that stopped it, too."""
@@ -120,14 +129,15 @@ class Engine:
             raise UserError(f"{len(eos_ids)} end-of-sequence ids; at most {MAX_EOS} are supported")
         mesh = mesh or make_mesh()
         read = params if callable(params) else read_tree(params["llama"])
-        self.config, self.dtype, self.slots, self.eos_ids = config, dtype, slots, eos_ids
+        self.config, self.dtype, self.slots, self.mesh = config, dtype, slots, mesh
+        self.eos_ids, self.bos_id = eos_ids, bos_id
         self.params = pack_decoder(config.llama, merging(config.llama.lora, read), dtype, mesh)
         self.max_length = min(max_length or config.llama.max_positions, config.llama.max_positions)
         self.lengths = length_buckets(self.max_length)
         llama, place = config.llama, partial(_place, mesh)
         self._empty = jax.jit(partial(_empty, llama, dtype, place), static_argnums=(0, 1))
         self._grow = jax.jit(partial(_grow, place), static_argnums=1)
-        self._prefill = jax.jit(partial(_prefill, llama))
+        self._prefill = jax.jit(partial(prefill_prompts, llama))
         self._first = jax.jit(partial(_first, bos_id))
         self._insert = jax.jit(partial(_insert, place), donate_argnums=0)
         self._decode = jax.jit(partial(_decode, llama, place), donate_argnums=1)
@@ -171,7 +181,7 @@ class Engine:
         return 0 if request.images is None else -(-len(request.images) // self.config.tokens_per_image)
 
     def _room(self, request: Request) -> int:
-        return _bucket(self.lengths, len(request.ids) + request.sampling.max_new_tokens)
+        return bucket(self.lengths, len(request.ids) + request.sampling.max_new_tokens)
 
     # -- running --------------------------------------------------------------------------------
 
@@ -215,7 +225,7 @@ class Engine:
         """Slots to prefill together: one padded length and count of pictures, a power of two of rows."""
         shapes: dict[tuple[int, int], list[int]] = {}
         for slot, answer in placed.items():
-            shape = (_bucket(self.lengths, len(answer.request.ids)), self._image_bucket(answer.request))
+            shape = (bucket(self.lengths, len(answer.request.ids)), self._image_bucket(answer.request))
             shapes.setdefault(shape, []).append(slot)
         groups = []
         for slots in shapes.values():
@@ -230,22 +240,30 @@ class Engine:
 
     def _start(self, state: State, targets: list[int], requests: list[Request]) -> tuple[State, Any]:
         """Prefill requests of one shape, choose their first tokens and put them into the slots ``targets``."""
-        length = _bucket(self.lengths, max(len(request.ids) for request in requests))
+        prompts = self.stack_prompts(requests)
+        caches, logits = self._prefill(self.params, prompts)
+        sampling = stack_sampling([request.sampling for request in requests])
+        rows, emitted = self._first(logits, prompts.lengths, self.stack_stops(requests), sampling)
+        return self._insert(state, caches, rows, np.array(targets, np.int32)), emitted
+
+    def stack_prompts(self, requests: list[Request]) -> Prompts:
+        """Host arrays of several requests, as long and with as many pictures as the bucket of the largest has."""
+        length = bucket(self.lengths, max(len(request.ids) for request in requests))
         ids = np.stack([_pad(request.ids, length, 0) for request in requests])
         slots = np.stack([_pad(request.slots, length, -1) for request in requests])
         images = None
         if self.config.vit is not None:
-            rows = self._image_bucket(requests[0]) * self.config.tokens_per_image
+            rows = max(map(self._image_bucket, requests)) * self.config.tokens_per_image
             images = np.zeros((len(requests), rows, self.config.llama.hidden_size), self.dtype)
             for row, request in enumerate(requests):
                 if request.images is not None:
                     images[row, : len(request.images)] = request.images
-        lengths = np.array([len(request.ids) for request in requests], np.int32)
-        caches, logits = self._prefill(self.params, ids, slots, images, lengths)
+        return Prompts(ids, slots, images, np.array([len(request.ids) for request in requests], np.int32))
+
+    def stack_stops(self, requests: list[Request]) -> Int[np.ndarray, "b k w"]:
+        """What ends each request: its own sequences and the ends of sequence."""
         stops = [(*request.sampling.stop_ids, *((eos,) for eos in self.eos_ids)) for request in requests]
-        sampling = stack_sampling([request.sampling for request in requests])
-        rows, emitted = self._first(logits, lengths, pack_stops(stops, *STOP_SHAPE), sampling)
-        return self._insert(state, caches, rows, np.array(targets, np.int32)), emitted
+        return pack_stops(stops, *STOP_SHAPE)
 
     def _settle(
         self, answering: dict[int, _Answering], cancelled: np.ndarray, slots: Iterable[int], emitted: Any
@@ -270,14 +288,25 @@ class Engine:
 
 
 def _place(mesh: Mesh, state: State) -> State:
-    """Pin the shardings: rows everywhere, caches cut by heads and, where it divides, by rows."""
-    b, k, _, _ = state.caches[0][0].shape
+    """Pin the shardings: rows everywhere, caches as ``place_caches`` has them."""
+    rows = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P())), state.rows)
+    return State(rows, place_caches(mesh, state.caches))
+
+
+def place_caches(mesh: Mesh, caches: list[Cache]) -> list[Cache]:
+    """Pin caches, cut by heads and, where it divides, by rows."""
+    b, k, _, _ = caches[0][0].shape
     batch = BATCH[0] if b % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0 else None
     heads = "tensor" if k % mesh.shape["tensor"] == 0 else None
-    pin = jax.lax.with_sharding_constraint
-    rows = jax.tree.map(lambda x: pin(x, NamedSharding(mesh, P())), state.rows)
-    caches = jax.tree.map(lambda x: pin(x, NamedSharding(mesh, P(batch, heads, None, None))), state.caches)
-    return State(rows, caches)
+    sharding = NamedSharding(mesh, P(batch, heads, None, None))
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, sharding), caches)
+
+
+def grow_caches(caches: list[Cache], room: int) -> list[Cache]:
+    """Caches with ``room`` positions, those behind the old ones empty."""
+    more = room - caches[0][0].shape[-1]
+    pad = lambda x, *widths: jnp.pad(x, ((0, 0), (0, 0), *widths))  # noqa: E731
+    return [(pad(keys, (0, 0), (0, more)), pad(values, (0, more), (0, 0))) for keys, values in caches]
 
 
 def _empty(config: LlamaConfig, dtype: DType, place: Any, slots: int, room: int) -> State:
@@ -299,26 +328,16 @@ def _empty(config: LlamaConfig, dtype: DType, place: Any, slots: int, room: int)
 
 
 def _grow(place: Any, state: State, room: int) -> State:
-    more = room - state.caches[0][0].shape[-1]
-    pad = lambda x, *widths: jnp.pad(x, ((0, 0), (0, 0), *widths))  # noqa: E731
-    caches = [(pad(keys, (0, 0), (0, more)), pad(values, (0, more), (0, 0))) for keys, values in state.caches]
-    return place(State(state.rows, caches))
+    return place(State(state.rows, grow_caches(state.caches, room)))
 
 
-def _prefill(
-    config: LlamaConfig,
-    params: Params,
-    ids: Int[Array, "b t"],
-    slots: Int[Array, "b t"],
-    images: Float[Array, "b s d"] | None,
-    lengths: Int[Array, " b"],
-) -> tuple[list[Cache], Float[Array, "b v"]]:
-    """Keys and values of right-padded prompts, and the logits after their last tokens."""
-    embeds = numbers(params["embedding"][ids])
-    if images is not None:
-        embeds = embed_with_images(embeds, slots, images)
+def prefill_prompts(config: LlamaConfig, params: Params, prompts: Prompts) -> tuple[list[Cache], Float[Array, "b v"]]:
+    """Keys and values of prompts, and the logits after their last tokens."""
+    embeds = numbers(params["embedding"][prompts.ids])
+    if prompts.images is not None:
+        embeds = embed_with_images(embeds, prompts.slots, prompts.images)
     x, caches = prefill(config, params, embeds)
-    return caches, next_logits(params, x[jnp.arange(ids.shape[0]), lengths - 1])
+    return caches, next_logits(params, x[jnp.arange(len(prompts.lengths)), prompts.lengths - 1])
 
 
 def _first(
@@ -423,7 +442,8 @@ def _powers(limit: int) -> list[int]:
     return [1 << i for i in range(limit.bit_length())]
 
 
-def _bucket(lengths: list[int], size: int) -> int:
+def bucket(lengths: list[int], size: int) -> int:
+    """The smallest of the ``lengths`` that ``size`` fits."""
     return next(length for length in lengths if length >= size)
 
 

@@ -24,6 +24,8 @@ from mgpt4_jax.typing import Array, Bool, Float, Int
 MAX_NEW_TOKENS = 100_000
 MAX_STOPS = 8  # texts, or sequences of ids, of one request
 STOP_WIDTH = 16  # tokens in one sequence
+MAX_BEAMS = 32
+EARLY_STOPPING = (False, True, "never")
 
 
 @dataclass(frozen=True)
@@ -39,25 +41,34 @@ class SamplingParams:
     seed: int = 0
     stop: tuple[str, ...] = ()  # the text ends before the first of them
     stop_ids: tuple[tuple[int, ...], ...] = ()  # sequences of token ids that end the answer
+    num_beams: int = 1  # over 1: beam search, see ``generate/beam.py``
+    num_return_sequences: int = 1  # of the beams: the best one and others
+    length_penalty: float = 1.0  # of beams: over 0 prefers long answers, below 0 short ones
+    early_stopping: bool | str = False
+    """Of beams, once there are as many answers: True stops; False stops when no beginning scores better as it is;
+    "never", when none could."""
 
     def with_stops(self, sequences: tuple[tuple[int, ...], ...]) -> SamplingParams:
         return dataclasses.replace(self, stop_ids=sequences)
 
 
 PARAMETER_NAMES = tuple(field.name for field in dataclasses.fields(SamplingParams))
-BEAM_NAMES = ("num_beams", "length_penalty")
 
 
 def sampling_params(values: Mapping[str, Any], defaults: SamplingParams | None = None) -> SamplingParams:
     """Checked parameters; a name or value that makes no sense raises ``UserError`` with one line."""
     if unknown := sorted(set(values) - set(PARAMETER_NAMES)):
-        if unknown[0] in BEAM_NAMES:
-            raise UserError(f"{unknown[0]}: beam search is not supported yet; leave it out to decode greedily")
         raise UserError(f"unknown parameter {unknown[0]!r}; known: {', '.join(PARAMETER_NAMES)}")
     checked = {name: _CHECKS[name](name, value) for name, value in values.items()}
     params = dataclasses.replace(defaults or SamplingParams(), **checked)
     if params.min_new_tokens > params.max_new_tokens:
         raise UserError(f"min_new_tokens {params.min_new_tokens} is more than max_new_tokens {params.max_new_tokens}")
+    if params.num_return_sequences > params.num_beams:
+        raise UserError(f"num_return_sequences {params.num_return_sequences} is more than num_beams {params.num_beams}")
+    if params.num_beams > 1 and params.temperature > 0:
+        raise UserError(
+            f"num_beams {params.num_beams} searches and draws nothing: set temperature to 0, or num_beams to 1"
+        )
     return params
 
 
@@ -79,6 +90,12 @@ def _number(low: float, high: float, *, above: bool = False) -> Any:
         return float(value)
 
     return check
+
+
+def _early_stopping(name: str, value: Any) -> bool | str:
+    if isinstance(value, (bool, str)) and value in EARLY_STOPPING:
+        return value
+    raise UserError(f'{name} must be true, false or "never", got {_show(value)}')
 
 
 def _strings(name: str, value: Any) -> tuple[str, ...]:
@@ -121,6 +138,10 @@ _CHECKS: dict[str, Any] = {
     "seed": _integer(0, 2**32 - 1),
     "stop": _strings,
     "stop_ids": _sequences,
+    "num_beams": _integer(1, MAX_BEAMS),
+    "num_return_sequences": _integer(1, MAX_BEAMS),
+    "length_penalty": _number(-100.0, 100.0),
+    "early_stopping": _early_stopping,
 }
 
 

@@ -139,7 +139,15 @@ BAD_VALUES = [
     {"stop_ids": "a"},
     {"stop_ids": [[]]},
     {"stop_ids": [[-1]]},
-    {"num_beams": 4},
+    {"num_beams": 0},
+    {"num_beams": 1000},
+    {"num_beams": 4, "temperature": 0.5},
+    {"num_return_sequences": 2},
+    {"num_return_sequences": 5, "num_beams": 4},
+    {"length_penalty": float("nan")},
+    {"length_penalty": "1"},
+    {"early_stopping": "always"},
+    {"early_stopping": 1},
     {"max_tokens": 4},
 ]
 
