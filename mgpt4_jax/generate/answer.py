@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Literal
 
+import jax
 import numpy as np
 
 from mgpt4_jax.data.images import ImageSource, eval_transform, load_image
 from mgpt4_jax.data.prompts import Prompt, Template, clean_answer, prepare_prompt, stop_sequences
 from mgpt4_jax.data.text import BertTokenizer, StreamDecoder, Tokenizer
 from mgpt4_jax.errors import UserError
+from mgpt4_jax.generate.beam_engine import BeamEngine, Hypothesis
 from mgpt4_jax.generate.engine import Engine, Request, check_num_images
 from mgpt4_jax.generate.sampling import MAX_STOPS, SamplingParams
+from mgpt4_jax.generate.stop_texts import TokenTexts, stop_table
 from mgpt4_jax.generate.vision import ImageEncoder
+from mgpt4_jax.typing import Array
 
 STREAM_CHUNK = 4  # tokens between two pieces of a streamed answer
+STOP_TABLES = 4  # of stop texts, kept on the device
 
 
 @dataclass(frozen=True)
@@ -31,13 +39,19 @@ class Question:
 
 @dataclass(frozen=True)
 class Generation:
-    """An answer. ``ids`` are all new ids, with the ones that stopped it; ``text`` ends before a stop."""
+    """An answer. ``ids`` are all new ids, with the ones that stopped it; ``text`` ends before a stop.
+
+    Of beams it is the best one; ``score`` is the sum of its log-probabilities over the penalised length, and
+    ``others`` are the next best, as far as ``num_return_sequences`` asked for them.
+    """
 
     text: str
     ids: list[int]
     finish_reason: Literal["stop", "length"]
     prompt_tokens: int
     new_tokens: int
+    score: float | None = None
+    others: tuple[Generation, ...] = ()
 
 
 @dataclass
@@ -48,9 +62,30 @@ class Prepared:
     answer: AnswerText
     template: Template
 
+    @property
+    def search(self) -> tuple[int, tuple[str, ...]] | None:
+        """What those that are searched together have in common: beams and stop texts; None without beams."""
+        beams = self.request.sampling.num_beams
+        return None if beams == 1 else (beams, self.answer.stops)
+
     def generation(self, reason: Literal["stop", "length"]) -> Generation:
-        text = clean_answer(self.template, self.answer.finish())
-        return Generation(text, self.answer.ids, reason, len(self.request.ids), len(self.answer.ids))
+        return self._generation(self.answer, reason)
+
+    def best(self, hypotheses: Sequence[Hypothesis]) -> Generation:
+        """The first of ``hypotheses``, which becomes the answer, with the others."""
+        found: list[Generation] = []
+        for hypothesis in hypotheses:
+            answer = AnswerText(self.answer.tokenizer, self.answer.stops, self.answer.min_new_tokens)
+            reason = "stop" if answer.push(hypothesis.ids) else hypothesis.finish_reason
+            self.answer = answer if not found else self.answer
+            found.append(self._generation(answer, reason, hypothesis.score))
+        return dataclasses.replace(found[0], others=tuple(found[1:]))
+
+    def _generation(
+        self, answer: AnswerText, reason: Literal["stop", "length"], score: float | None = None
+    ) -> Generation:
+        text = clean_answer(self.template, answer.finish())
+        return Generation(text, answer.ids, reason, len(self.request.ids), len(answer.ids), score)
 
 
 @dataclass
@@ -116,6 +151,7 @@ class Answerer:
     template: Template
     encoder: ImageEncoder | None = None
     qformer_tokenizer: BertTokenizer | None = None
+    _tables: dict[tuple[str, ...], Array] = field(default_factory=dict)
 
     def prepare(self, questions: Sequence[Question]) -> list[Prepared | UserError]:
         """Read, check and tokenise each question and encode all pictures; a bad one gives its error."""
@@ -134,20 +170,61 @@ class Answerer:
         return prepared
 
     def answers(self, questions: Iterable[Prepared]) -> Iterator[tuple[int, Generation]]:
-        """Answers with the indices of their questions, in the order in which they end."""
-        running: dict[int, Prepared] = {}
+        """Answers with the indices of their questions, in the order in which they end.
+
+        Questions that follow each other and are searched with as many beams share a program; so do those without.
+        """
+        for search, group in itertools.groupby(enumerate(questions), key=lambda pair: pair[1].search):
+            run = self._decode if search is None else partial(self._search, search)
+            yield from run(group)
+
+    def _decode(self, questions: Iterable[tuple[int, Prepared]]) -> Iterator[tuple[int, Generation]]:
+        running: dict[int, tuple[int, Prepared]] = {}
 
         def requests() -> Iterator[Request]:
-            for index, prepared in enumerate(questions):
-                running[index] = prepared
+            for place, (index, prepared) in enumerate(questions):
+                running[place] = index, prepared
                 yield prepared.request
 
         for update in self.engine.run(requests()):
             if update.finish_reason is not None:
-                yield update.index, running.pop(update.index).generation(update.finish_reason)
+                index, prepared = running.pop(update.index)
+                yield index, prepared.generation(update.finish_reason)
+
+    def _search(
+        self, search: tuple[int, tuple[str, ...]], questions: Iterator[tuple[int, Prepared]]
+    ) -> Iterator[tuple[int, Generation]]:
+        beams, stops = search
+        while group := list(itertools.islice(questions, self.searcher.rows(beams))):
+            found = self.searcher.run([prepared.request for _, prepared in group], self._stop_table(stops))
+            for (index, prepared), hypotheses in zip(group, found, strict=True):
+                yield index, prepared.best(hypotheses)
+
+    @cached_property
+    def searcher(self) -> BeamEngine:
+        return BeamEngine(self.engine)
+
+    @cached_property
+    def _token_texts(self) -> TokenTexts:
+        return TokenTexts(self.tokenizer)
+
+    def _stop_table(self, stops: tuple[str, ...]) -> Array | None:
+        """The table of ``stops`` on the device; the last few are kept."""
+        if not stops:
+            return None
+        if stops not in self._tables:
+            while len(self._tables) >= STOP_TABLES:
+                del self._tables[next(iter(self._tables))]
+            vocab = self.engine.config.llama.vocab_size
+            self._tables[stops] = jax.device_put(stop_table(self._token_texts, stops, vocab))
+        return self._tables[stops]
 
     def stream(self, prepared: Prepared) -> Iterator[str]:
-        """Pieces of one answer, a few tokens each."""
+        """Pieces of one answer, a few tokens each; of beams, which settle on one at the end, the whole."""
+        if prepared.search is not None:
+            [(_, generation)] = self.answers([prepared])
+            yield generation.text
+            return
         for update in self.engine.run([prepared.request], chunk=STREAM_CHUNK):
             if update.finish_reason is not None:
                 prepared.answer.finish()
@@ -204,7 +281,7 @@ class Answerer:
             text.push,
         )
         try:
-            self.engine.check(request)
+            (self.engine if sampling.num_beams == 1 else self.searcher).check(request)
         except UserError as error:
             return error
         return Prepared(request, text, draft.template)

@@ -1,7 +1,8 @@
 """``mgpt4 generate``: questions from a JSONL file, answers to another, in order and resumable.
 
 A line of the input is ``{"id": any, "image": path | [paths] | data-URI, "prompt": str, ...sampling}``; a line of
-the output the id, ``text``, ``finish_reason`` (stop, length, error), the counts of tokens, and ``error``. A
+the output the id, ``text``, ``finish_reason`` (stop, length, error), the counts of tokens, and ``error``; of beams
+also the ``score`` and, if more sequences are asked for, the ``others`` with theirs. A
 bad line gives an error line. Answers are appended as soon as those before them are there; a second run
 goes on behind them. To try failed lines again, delete their answers.
 """
@@ -21,7 +22,7 @@ from typing import Any, BinaryIO
 from mgpt4_jax.data.prompts import Template
 from mgpt4_jax.errors import UserError
 from mgpt4_jax.generate.answer import Answerer, Generation, Prepared, Question
-from mgpt4_jax.generate.sampling import BEAM_NAMES, PARAMETER_NAMES, SamplingParams, sampling_params
+from mgpt4_jax.generate.sampling import PARAMETER_NAMES, SamplingParams, sampling_params
 
 FIELDS = ("id", "image", "prompt")
 _RECORD_START = b'{"id": '  # of every line that we write: a torn one that begins otherwise is not ours
@@ -171,7 +172,7 @@ def _question(
     if "prompt" not in values:
         raise UserError('the line has no "prompt"')
     sampling = {name: value for name, value in values.items() if name not in FIELDS}
-    if unknown := [name for name in sampling if name not in (*PARAMETER_NAMES, *BEAM_NAMES)]:
+    if unknown := [name for name in sampling if name not in PARAMETER_NAMES]:
         raise UserError(f"unknown key {unknown[0]!r}; known: {', '.join((*FIELDS, *PARAMETER_NAMES))}")
     images = values.get("image")
     images = [] if images is None else images if isinstance(images, list) else [images]
@@ -241,14 +242,18 @@ def _record(line: Line, generation: Generation | None, error: str | None) -> dic
         record["line"] = line.number
     if generation is None:
         return {**record, "text": "", "finish_reason": "error", "prompt_tokens": 0, "new_tokens": 0, "error": error}
-    return {
-        **record,
+    record |= {
         "text": generation.text,
         "finish_reason": generation.finish_reason,
         "prompt_tokens": generation.prompt_tokens,
         "new_tokens": generation.new_tokens,
-        "error": None,
     }
+    if generation.score is not None:
+        record["score"] = generation.score
+    if generation.others:
+        fields = ("text", "finish_reason", "new_tokens", "score")
+        record["others"] = [{name: getattr(other, name) for name in fields} for other in generation.others]
+    return {**record, "error": None}
 
 
 def _dump(record: dict[str, Any]) -> bytes:

@@ -51,6 +51,7 @@ TRAINING = ("img_embeds", *(f"*_{field}" for field in TRAINING_FIELDS))
 SEGMENTS = ("config.answer_ids", "config.prompt_segments_ids", "config.gen_context_segments_ids")
 CONTEXTS = ("gen_context_emb_*", "gen_first_logits_*", "chat_truncated_context", "multi_image_context")
 GREEDY = ("gen_greedy*", "config.generate.greedy*.text")
+BEAMS = ("gen_beam*", "config.generate.beam*.text")
 STOP_TEST = ("config.stop_test",)
 CHAT = ("config.chat_turns",)
 EVALUATION_TRANSFORM = ("eval_*",)
@@ -85,7 +86,7 @@ CHECKED = {
     "blip2_ranks": RANKS,
     "adamw_stage1": STAGE1_STEPS,
     "blip2_retrieval": RETRIEVAL,
-    "minigpt4": (*SPECIAL_IDS, *TRAINING, *TRAINED, *SEGMENTS, *CONTEXTS, *GREEDY, *STOP_TEST, *CHAT),
+    "minigpt4": (*SPECIAL_IDS, *TRAINING, *TRAINED, *SEGMENTS, *CONTEXTS, *GREEDY, *BEAMS, *STOP_TEST, *CHAT),
     "minigptv2": (*SPECIAL_IDS, *TRAINING),
     "minigptv2_lora": (*ADAPTED, *ADAPTED_FILE),
     "lr_schedule": SCHEDULES,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from cases import Case, is_claimed
 
-BEAMS = "beam search"
 OPT = "BLIP-2 on OPT"
 T5 = "BLIP-2 on FlanT5"
 EVALUATION = "evaluation"
@@ -19,11 +18,7 @@ UNSERVED = {
     "blip2_t5": {"*": T5},
     "blip2_stage1": {"caption_ids_beam*": "captions by the Q-Former"},
     "blip2_retrieval": {"config.metrics": EVALUATION},
-    "minigpt4": {
-        "gen_beam*": BEAMS,
-        "config.generate.beam*.text": BEAMS,
-        "config.multi_select_ranks": NOT_RECORDED,
-    },
+    "minigpt4": {"config.multi_select_ranks": NOT_RECORDED},
 }
 
 
