@@ -31,6 +31,7 @@ from mgpt4_jax.train.state import KEY_IMPL, TrainState
 from mgpt4_jax.train_config import CheckpointConfig
 
 FORMAT_VERSION = 1
+_ECHOES = ("Event loop is closed", "Encountered error while reading array index")
 _LOSS, _SEAL = "validation_loss", "sha256"
 
 
@@ -180,14 +181,14 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _without_echoes() -> Iterator[None]:
-    """When an array cannot be read, the reads of the others come back to an event loop that is closed.
+    """When one array cannot be read, the reads of the others end with nobody to take their result or their error.
 
-    Each of them would print a traceback, perhaps only after the error: so it stays as it is then.
+    Each would print a traceback, some only after the block has failed: so it is as it was only after one that has not.
     """
     before = sys.unraisablehook
 
     def report(unraisable: Any) -> None:
-        if "Event loop is closed" not in str(unraisable.exc_value):
+        if not any(text in str(unraisable.exc_value) for text in _ECHOES):
             before(unraisable)
 
     sys.unraisablehook = report

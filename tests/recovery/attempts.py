@@ -29,12 +29,12 @@ _CONTEXT.set_forkserver_preload([__name__, "mgpt4_jax.train.loop", "transformers
 class Attempt:
     """``mgpt4 train``, running. What it says on stderr goes to ``screen``."""
 
-    def __init__(self, config: dict[str, Any], screen: Path, *options: str) -> None:
+    def __init__(self, config: dict[str, Any], screen: Path) -> None:
         self.run, self.screen = Path(config["run"]), screen
         path = self.run.with_suffix(".yaml")
         path.write_text(yaml.safe_dump(config))
         screen.write_text("")
-        arguments = ["train", "--config", str(path), *options]
+        arguments = ["train", "--config", str(path)]
         self._process = _CONTEXT.Process(target=_train, args=(arguments, screen))
         self._process.start()
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -145,7 +145,7 @@ def log_size(run: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def start(world: World, run: Path, screen: Path, *options: str) -> Attempt:
+def start(world: World, run: Path, screen: Path) -> Attempt:
     validation = [{"kind": "jsonl", "path": str(world.validation)}]
     return Attempt(
         world.config(run, **CHANGES, steps_per_epoch=STEPS, data={"validation": validation}), screen, *options
