@@ -13,9 +13,11 @@ import hashlib
 import json
 import logging
 import math
+import os
+import re
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +55,7 @@ class Checkpoints:
     """Saves in the background and restores. One writer a directory: the run's lock sees to that."""
 
     def __init__(self, directory: Path, config: CheckpointConfig):
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax's chatter is not ours
+        _be_quiet()
         self.directory = directory
         self.last_saved: int | None = None
         self._losses: dict[int, float] = {}
@@ -120,8 +122,7 @@ class Checkpoints:
         saved = self.about(step)["fingerprint"]
         try:
             items = ocp.args.Composite(state=ocp.args.StandardRestore(_abstract_arrays(abstract)))
-            with _without_echoes():
-                tree = self._manager.restore(step, args=items).state
+            tree = self._manager.restore(step, args=items).state
         except Exception as error:  # as above
             raise self._damaged(step, error) from error
         found = fingerprint(tree)
@@ -173,27 +174,36 @@ class Checkpoints:
         return UserError(f"{self.directory / str(step)}: the checkpoint is damaged ({reason}); {mend}")
 
     def _failed(self, error: Exception) -> UserError:
-        reason = " ".join(str(error).split())[:200]
         return UserError(
-            f"{self.directory}: a checkpoint could not be written ({reason}); free some space; {self._newest()}"
+            f"{self.directory}: a checkpoint could not be written ({_reason(error)}); free some space and run again; "
+            f"{self._newest()}"
         )
 
 
-@contextlib.contextmanager
-def _without_echoes() -> Iterator[None]:
-    """When one array cannot be read, the reads of the others end with nobody to take their result or their error.
+def _be_quiet() -> None:
+    """An error of a read or a write is raised to us, and told in one line; Orbax tells it too, in many.
 
-    Each would print a traceback, some only after the block has failed: so it is as it was only after one that has not.
+    It logs it in each of its threads. And the other reads and writes of that checkpoint end, some of them later, with
+    nobody to take their result: each would print a traceback.
     """
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     before = sys.unraisablehook
+    if getattr(before, "is_quiet", False):
+        return
 
     def report(unraisable: Any) -> None:
         if not any(text in str(unraisable.exc_value) for text in _ECHOES):
             before(unraisable)
 
+    report.is_quiet = True  # type: ignore[attr-defined]
     sys.unraisablehook = report
-    yield
-    sys.unraisablehook = before
+
+
+def _reason(error: Exception) -> str:
+    """Why something could not be written: what the system says, if it is known."""
+    text = " ".join(str(error).split())
+    code = re.search(r"os_error_code='(\d+)'", text)
+    return os.strerror(int(code[1])) if code else (isinstance(error, OSError) and error.strerror) or text[:200]
 
 
 def _seal(about: Mapping[str, Any]) -> str:
