@@ -9,15 +9,18 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from mgpt4_jax.checkpoint import ModelManifest, ParamsWriter, SourceFile, new_directory
 from mgpt4_jax.data.prompts import get_template
 from mgpt4_jax.data.text import copy_tokenizer, load_bert_tokenizer, load_llama_tokenizer
+from mgpt4_jax.data.text_lm import load_opt_tokenizer, load_t5_tokenizer
 from mgpt4_jax.errors import UserError
 from mgpt4_jax.models import abstract_params
 
 from .infer import infer
 from .inferred import Inferred, Overrides
+from .language import kind_of
 from .readers import Source, SumSource, open_source
 from .report import Report, summarize
 from .rules import Plan, apply, plan
@@ -25,6 +28,12 @@ from .rules import Plan, apply, plan
 Paths = str | Path
 Progress = Callable[[int, int], None]
 _HASH_BLOCK = 1 << 22
+# Of each kind of language model: how its tokeniser is read, and the files that tell that it is there.
+_TOKENIZERS: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
+    "llama": (load_llama_tokenizer, ("tokenizer.model", "tokenizer.json")),
+    "opt": (load_opt_tokenizer, ("merges.txt", "tokenizer.json")),
+    "t5": (load_t5_tokenizer, ("spiece.model", "tokenizer.json")),
+}
 
 
 def convert(
@@ -48,9 +57,9 @@ def convert(
     """Convert published PyTorch weights to the model directory ``out``.
 
     * ``vit``, ``qformer``, ``llm``, ``projection``: ``eva_vit_g.pth``, ``blip2_pretrained*.pth``, a Hugging
-      Face LLaMA directory, ``pretrained_minigpt4*.pth``; parts may be absent (the language model alone, the
-      picture side alone). ``llm_delta``: Vicuna's delta weights, added to the LLaMA of ``llm``.
-    * ``from_dir``: instead of all these, one Hugging Face directory (Blip2*, InstructBlip with Vicuna, LLaMA).
+      Face directory of a LLaMA, OPT or T5, ``pretrained_minigpt4*.pth``; parts may be absent (the language model
+      alone, the picture side alone). ``llm_delta``: Vicuna's delta weights, added to the LLaMA of ``llm``.
+    * ``from_dir``: instead of all these, one Hugging Face directory (Blip2*, InstructBlip*, LLaMA, OPT, T5).
     * ``overrides``: what the files cannot tell, ``{"vit": {"num_heads": 4}}``; ``image_size`` in pixels resizes
       the position embeddings.
     * ``tokenizer``, ``qformer_tokenizer``: directories to copy; by default those beside the language model.
@@ -182,26 +191,37 @@ def _copy_tokenizers(
     homes = [] if language is None else [language.path]
     if isinstance(language, SumSource):
         homes.append(language.base.path)
-    if config.llama is not None:
-        names = ("tokenizer.model", "tokenizer.json")
-        _copy_tokenizer(tokenizer, homes, names, partial / "tokenizer", "tokenizer", inferred)
+    if (spoken := config.language_model) is not None:
+        load, names = _TOKENIZERS[kind_of(spoken)]
+        words = _copy_tokenizer(tokenizer, homes, names, partial / "tokenizer", "tokenizer", load, inferred)
+        _warn_of_rows("tokenizer", words, spoken.vocab_size, inferred)
     if config.qformer is not None and config.qformer.with_text:
-        if config.llama is not None:
+        if spoken is not None:
             homes = [home / "qformer_tokenizer" for home in homes]
-        names = ("vocab.txt", "tokenizer.json")
-        _copy_tokenizer(qformer_tokenizer, homes, names, partial / "qformer_tokenizer", "qformer-tokenizer", inferred)
+        target, names = partial / "qformer_tokenizer", ("vocab.txt", "tokenizer.json")
+        option, load = "qformer-tokenizer", load_bert_tokenizer
+        words = _copy_tokenizer(qformer_tokenizer, homes, names, target, option, load, inferred)
+        _warn_of_rows(option, words, config.qformer.vocab_size, inferred)
 
 
 def _copy_tokenizer(
-    asked: Paths | None, homes: list[Path], names: tuple[str, ...], target: Path, option: str, inferred: Inferred
-) -> None:
-    """From the path that was asked for, else from beside the weights, else a warning."""
+    asked: Paths | None,
+    homes: list[Path],
+    names: tuple[str, ...],
+    target: Path,
+    option: str,
+    load: Callable[..., Any],
+    inferred: Inferred,
+) -> int:
+    """From the path that was asked for, else from beside the weights, else a warning; gives its count of words."""
     found = next((home for home in homes if any((home / name).is_file() for name in names)), None)
     if asked is None and found is None:
         inferred.warnings.append(f"no tokenizer beside the weights; give --{option} before you ask in words")
-    else:
-        copy_tokenizer(asked or found, target)
-        load = load_llama_tokenizer if option == "tokenizer" else load_bert_tokenizer
-        rows = inferred.config.llama if option == "tokenizer" else inferred.config.qformer
-        if (words := load(target).vocab_size) > rows.vocab_size:
-            inferred.warnings.append(f"the {option} knows {words} tokens, the model has {rows.vocab_size}")
+        return 0
+    copy_tokenizer(asked or found, target)
+    return load(target).vocab_size
+
+
+def _warn_of_rows(option: str, words: int, rows: int, inferred: Inferred) -> None:
+    if words > rows:
+        inferred.warnings.append(f"the {option} knows {words} tokens, the model has {rows}")

@@ -28,6 +28,7 @@ PAD_TOKEN = "$$"  # an ordinary piece of LLaMA's vocabulary, which MiniGPT-4 pad
 
 _LLAMA_FILES = ("tokenizer.model", "tokenizer.json")
 _BERT_FILES = ("vocab.txt", "tokenizer.json")
+_WORD_FILES = (*_LLAMA_FILES, *_BERT_FILES, "vocab.json", "merges.txt", "spiece.model")  # those of text_lm.py too
 _SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
@@ -84,20 +85,17 @@ class LlamaTokenizer:
     """
 
     unstable_ids: frozenset[int] = frozenset()
+    file = "tokenizer.model"
+    defaults: Mapping[str, str] = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
     def __init__(self, directory: Path, pad_token: str | None = PAD_TOKEN) -> None:
-        path = directory / "tokenizer.model"
+        path = directory / self.file
         try:
             self._pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
             raise UserError(f"{path} is not a SentencePiece model; copy it again from the language model") from error
-        special = read_special_tokens(directory)
-        tokens = {
-            "bos_token": SpecialToken("<s>"),
-            "eos_token": SpecialToken("</s>"),
-            "unk_token": SpecialToken("<unk>"),
-            **special.roles,
-        }
+        special = self._read_special_tokens(directory)
+        tokens = {role: SpecialToken(token) for role, token in self.defaults.items()} | dict(special.roles)
         every = {token.content: token for token in (*tokens.values(), *special.others)}
         self._added = dict(special.added)
         for content in every:
@@ -145,6 +143,9 @@ class LlamaTokenizer:
                 parts.append([index])
         return " ".join(part if isinstance(part, str) else self._pieces.decode(part) for part in parts)
 
+    def _read_special_tokens(self, directory: Path) -> SpecialTokens:
+        return read_special_tokens(directory)
+
     def _piece_id(self, content: str) -> int | None:
         index = self._pieces.piece_to_id(content)
         return index if self._pieces.id_to_piece(index) == content else None
@@ -161,14 +162,17 @@ class LlamaTokenizer:
 class JsonTokenizer:
     """A directory that has only ``tokenizer.json`` (LLaMA-3): the ``tokenizers`` library reads it."""
 
+    defaults: Mapping[str, str] = {}
+
     def __init__(self, directory: Path, pad_token: str | None = PAD_TOKEN) -> None:
-        path = directory / "tokenizer.json"
-        self._tokenizer = _read_tokenizer_json(path)
         special = read_special_tokens(directory)
-        roles = dict(special.roles)
+        roles = {role: SpecialToken(token) for role, token in self.defaults.items()} | dict(special.roles)
+        self._tokenizer = self._open(directory, roles, special)
         for role in ("bos_token", "eos_token"):
             if role not in roles or self._tokenizer.token_to_id(roles[role].content) is None:
-                raise UserError(f"{directory / 'tokenizer_config.json'} names no {role} that {path.name} knows; add it")
+                raise UserError(
+                    f"{directory / 'tokenizer_config.json'} names no {role} that the vocabulary beside it knows; add it"
+                )
         self.bos_token, self.eos_token = roles["bos_token"].content, roles["eos_token"].content
         self.pad_token = _choose_pad(pad_token, roles, self._tokenizer.token_to_id)
         find = self._tokenizer.token_to_id
@@ -181,6 +185,9 @@ class JsonTokenizer:
         self.unstable_ids = frozenset(
             index for name, index in vocabulary.items() if re.fullmatch(r"<0x[0-9A-F]{2}>", name)
         )
+
+    def _open(self, directory: Path, roles: Mapping[str, SpecialToken], special: SpecialTokens) -> tokenizers.Tokenizer:
+        return read_tokenizer_json(directory / "tokenizer.json")
 
     def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
         require_encodable(text)
@@ -280,11 +287,11 @@ def load_bert_tokenizer(path: str | Path) -> BertTokenizer:
     file = path if path.is_file() else next((path / name for name in _BERT_FILES if (path / name).is_file()), None)
     if file is None:
         raise UserError(f"{path} has no vocab.txt; put the vocabulary of bert-base-uncased there")
-    lowercase = _read_json(file.parent / "tokenizer_config.json").get("do_lower_case", True)
+    lowercase = read_json(file.parent / "tokenizer_config.json").get("do_lower_case", True)
     if file.suffix == ".json":
-        vocabulary = _read_tokenizer_json(file).get_vocab(with_added_tokens=True)
+        vocabulary = read_tokenizer_json(file).get_vocab(with_added_tokens=True)
     else:
-        lines = _read_text(file).split("\n")
+        lines = read_text(file).split("\n")
         vocabulary = {token.rstrip("\r"): i for i, token in enumerate(lines[:-1] if lines[-1] == "" else lines)}
         vocabulary |= read_special_tokens(file.parent).added
     return BertTokenizer(vocabulary, lowercase=lowercase, name=str(file))
@@ -296,10 +303,10 @@ def copy_tokenizer(source: str | Path, target: str | Path) -> None:
     if source.is_file():
         files = [source]
     else:
-        names = dict.fromkeys((*_LLAMA_FILES, *_BERT_FILES, *_SIDE_FILES))
+        names = dict.fromkeys((*_WORD_FILES, *_SIDE_FILES))
         files = [source / name for name in names if (source / name).is_file()]
         if not any(file.name not in _SIDE_FILES for file in files):
-            raise UserError(f"{source} has no tokenizer files (tokenizer.model, tokenizer.json or vocab.txt)")
+            raise UserError(f"{source} has no tokenizer files (any of {', '.join(dict.fromkeys(_WORD_FILES))})")
     target.mkdir(parents=True, exist_ok=True)
     for file in files:
         shutil.copyfile(file, target / file.name)
@@ -377,12 +384,12 @@ def read_special_tokens(directory: Path) -> SpecialTokens:
 
     An empty string, as early LLaMA conversions have, counts as absent.
     """
-    config = _read_json(directory / "tokenizer_config.json")
-    mapped = _read_json(directory / "special_tokens_map.json")
+    config = read_json(directory / "tokenizer_config.json")
+    mapped = read_json(directory / "special_tokens_map.json")
     # In the config bare strings are made whole tokens; in the map they stay bare and swallow blanks.
     roles = {role: _special_token(config.get(role), bare_strips=False) for role in _ROLES}
     roles |= {role: _special_token(mapped[role], bare_strips=True) for role in _ROLES if mapped.get(role)}
-    added = {str(name): int(index) for name, index in _read_json(directory / "added_tokens.json").items()}
+    added = {str(name): int(index) for name, index in read_json(directory / "added_tokens.json").items()}
     others = [_special_token(value, bare_strips=True) for value in mapped.get("additional_special_tokens") or ()]
     for index, value in (config.get("added_tokens_decoder") or {}).items():
         token = _special_token(value, bare_strips=False)
@@ -416,20 +423,20 @@ def _splitter(tokens: Mapping[str, Any]) -> re.Pattern[str] | None:
     return re.compile("(" + "|".join(map(re.escape, names)) + ")") if names else None
 
 
-def _read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
-    _read_json(path)  # names the file if it is no JSON; the library's own message does not
+def read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
+    read_json(path)  # names the file if it is no JSON; the library's own message does not
     try:
         return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
         raise UserError(f"{path} is not a tokenizer of the tokenizers library ({error}); copy it again") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """The object in ``path``; empty if there is no such file."""
     if not path.is_file():
         return {}
     try:
-        values = json.loads(_read_text(path))
+        values = json.loads(read_text(path))
     except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}); copy it again") from error
     if not isinstance(values, dict):
@@ -437,7 +444,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

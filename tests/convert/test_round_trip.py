@@ -211,28 +211,154 @@ def test_tied_language_model(tmp_path):
     convert(llm=tmp_path / "source", out=tmp_path / "model", overwrite=True)
 
 
+TINY_OPT = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "word_embed_proj_dim": 32,
+    "ffn_dim": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 50,
+}
+TINY_T5 = {
+    "vocab_size": 60,
+    "d_model": 32,
+    "d_kv": 6,
+    "d_ff": 40,
+    "num_layers": 2,
+    "num_decoder_layers": 3,
+    "num_heads": 4,
+    "feed_forward_proj": "gated-gelu",
+    "tie_word_embeddings": False,
+    "decoder_start_token_id": 0,
+}
+
+
+def tiny_opt(**fields):
+    return transformers.OPTForCausalLM(transformers.OPTConfig(**TINY_OPT | fields))
+
+
+def tiny_t5(*, own_head, **fields):
+    """``transformers`` 5 ties unless the head is another tensor."""
+    return untied(transformers.T5ForConditionalGeneration(transformers.T5Config(**TINY_T5 | fields)), own_head)
+
+
+def untied(model, own_head):
+    if own_head:
+        t5 = getattr(model, "language_model", model)
+        t5.lm_head.weight = torch.nn.Parameter(torch.randn(t5.lm_head.weight.shape))
+    return model
+
+
+OTHERS = {
+    "opt": lambda: tiny_opt(),
+    "opt_350m": lambda: tiny_opt(word_embed_proj_dim=20, do_layer_norm_before=False),
+    "t5": lambda: tiny_t5(own_head=False, feed_forward_proj="relu", tie_word_embeddings=True),
+    "flan_t5": lambda: tiny_t5(own_head=True),
+    "t5_tied_unscaled": lambda: tiny_t5(own_head=False),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("option", ["llm", "from_dir"])
+def test_opt_and_t5(tmp_path, name, option):
+    model = OTHERS[name]().eval()
+    model.save_pretrained(tmp_path / "source", max_shard_size="20KB")
+    report = convert(out=tmp_path / "model", **{option: tmp_path / "source"})
+    assert report.config.architecture == ("opt" if "opt" in name else "t5")
+    assert report.num_parameters == sum(parameter.numel() for parameter in model.parameters())
+    export(tmp_path / "model", format="hf", out=tmp_path / "back")
+    assert_same_tensors(tmp_path / "back", tmp_path / "source")
+    ids = torch.arange(40)[None] % 60
+    inputs = {"input_ids": ids} if "opt" in name else {"input_ids": ids, "decoder_input_ids": ids[:, ::2]}
+    again, info = type(model).from_pretrained(tmp_path / "back", output_loading_info=True)
+    assert not any(info.values()), info
+    assert torch.equal(again.eval()(**inputs).logits, model(**inputs).logits)
+    with pytest.raises(UserError, match="is a language model alone"):
+        export(tmp_path / "model", format="lavis", out=tmp_path / "lavis")
+
+
+def test_the_embedding_of_t5_under_each_of_its_names(tmp_path):
+    model = tiny_t5(own_head=True)
+    model.save_pretrained(tmp_path / "source")
+    (tmp_path / "source" / "model.safetensors").unlink()
+    state, names = model.state_dict(), ("shared", "encoder.embed_tokens", "decoder.embed_tokens")
+    keys = [f"{name}.weight" for name in names]
+    for kept in (keys, keys[1:], keys[2:]):
+        file = tmp_path / "source" / "pytorch_model.bin"
+        torch.save({key: value for key, value in state.items() if key not in keys or key in kept}, file)
+        convert(llm=tmp_path / "source", out=tmp_path / "model", overwrite=True)
+        found = read_leaf(tmp_path / "model", "t5/shared/embedding")
+        assert np.array_equal(found, state["shared.weight"].numpy())
+    state[keys[1]] = state[keys[1]] + 1
+    torch.save(state, file)
+    with pytest.raises(UserError, match="encoder.embed_tokens.weight differs from shared.weight, to which it is tied"):
+        convert(llm=tmp_path / "source", out=tmp_path / "other")
+
+
+def test_opt_saved_without_its_head(tmp_path):
+    model = tiny_opt()
+    model.model.save_pretrained(tmp_path / "source")
+    assert "decoder.embed_tokens.weight" in open_source(tmp_path / "source").tensors()
+    convert(llm=tmp_path / "source", out=tmp_path / "model")
+    found = read_leaf(tmp_path / "model", "opt/embed_tokens/embedding")
+    assert np.array_equal(found, model.lm_head.weight.detach().numpy())
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: tiny_opt(activation_function="gelu"), "activation_function is 'gelu'; only 'relu'"),
+        (lambda: tiny_opt(enable_bias=False), "enable_bias is False"),
+        (lambda: tiny_t5(own_head=True, feed_forward_proj="gated-silu"), "feed_forward_proj is 'gated-silu'; only"),
+    ],
+)
+def test_opt_and_t5_that_are_not_ours(tmp_path, make, match):
+    make().save_pretrained(tmp_path / "source")
+    with pytest.raises(UserError, match=match):
+        convert(llm=tmp_path / "source", out=tmp_path / "model")
+
+
+@pytest.mark.parametrize(("name", "projection"), [("opt", "opt_proj"), ("t5", "t5_proj")])
+def test_lavis_files_of_blip2_on_opt_and_t5(tmp_path, name, projection):
+    folder = GOLDEN / f"blip2_{name}"
+    file, llm = folder / f"blip2_{name}.pth", folder / f"{name}_model"
+    files = {"llm": llm, "tokenizer": folder / f"{name}_tokenizer", "overrides": OVERRIDES}
+    report = convert(qformer=file, out=tmp_path / "model", **files)
+    assert report.config.architecture == f"blip2_{name}"
+    assert not report.warnings
+    vit, reader = export(tmp_path / "model", format="lavis", out=tmp_path / "lavis")
+    original = load(file)
+    left_out = {key for key in original if key.startswith("visual_encoder.")} | {BUFFER}
+    assert_same_tensors(reader, file, left_out=left_out)
+    assert f"{projection}.weight" in torch.load(reader, weights_only=True)["model"]
+    convert(vit=vit, qformer=reader, out=tmp_path / "again", **files)
+    for path in read_manifest(tmp_path / "model").dtypes:
+        assert read_leaf(tmp_path / "again", path).tobytes() == read_leaf(tmp_path / "model", path).tobytes(), path
+    for other in ("opt", "t5"):
+        if other != name:
+            files = {"llm": GOLDEN / f"blip2_{other}" / f"{other}_model", "overrides": OVERRIDES}
+            report = convert(vit=vit, qformer=reader, out=tmp_path / "other", **files)
+            assert any("projects into" in reason for reason in report.ignored)
+            assert any("must be trained" in reason for reason in report.filled)
+    with pytest.raises(UserError, match="is no MiniGPT-4 but blip2"):
+        export(tmp_path / "model", format="minigpt4", out=tmp_path / "p.pth")
+
+
 def hugging_face_model(name):
     """A tiny random one; EVA's key bias is zero, as in every published file."""
+    name, _, kind = name.partition(" on ")
     reader = {**TINY_READER, "use_qformer_text_input": name == "Blip2ForImageTextRetrieval"}
-    text = transformers.LlamaConfig(**TINY_LLAMA).to_dict()
+    text = {"opt": {"model_type": "opt", **TINY_OPT}, "t5": {"model_type": "t5", **TINY_T5, "dense_act_fn": "gelu"}}
+    text = text.get(kind) or transformers.LlamaConfig(**TINY_LLAMA).to_dict()
     parts = {"vision_config": TINY_VISION, "qformer_config": reader, "num_query_tokens": 6}
     if name == "InstructBlipForConditionalGeneration":
         config = transformers.InstructBlipConfig(**parts, text_config=text)
     elif name == "Blip2ForImageTextRetrieval":
         config = transformers.Blip2Config(**parts, image_text_hidden_size=16)
-    elif name == "opt":
-        opt = transformers.OPTConfig(
-            vocab_size=60,
-            hidden_size=32,
-            word_embed_proj_dim=32,
-            ffn_dim=40,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-        )
-        config = transformers.Blip2Config(**parts, text_config=opt.to_dict())
     else:
         config = transformers.Blip2Config(**parts, text_config=text)
-    model = getattr(transformers, "Blip2ForConditionalGeneration" if name == "opt" else name)(config)
+    model = untied(getattr(transformers, name)(config), kind == "t5")
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
@@ -248,6 +374,9 @@ def hugging_face_model(name):
         ("InstructBlipForConditionalGeneration", "instructblip"),
         ("Blip2ForImageTextRetrieval", "blip2"),
         ("Blip2ForConditionalGeneration", "minigpt4"),
+        ("Blip2ForConditionalGeneration on opt", "blip2_opt"),
+        ("Blip2ForConditionalGeneration on t5", "blip2_t5"),
+        ("InstructBlipForConditionalGeneration on t5", "blip2_t5"),
     ],
 )
 def test_hugging_face_directories(tmp_path, name, architecture):
@@ -263,14 +392,6 @@ def test_hugging_face_directories(tmp_path, name, architecture):
     for (key, ours), (_, theirs) in zip(again.state_dict().items(), model.state_dict().items(), strict=True):
         assert torch.equal(ours, theirs), key
     assert again.config.qformer_config.num_attention_heads == 4
-
-
-def test_opt_is_left_out_by_name(tmp_path):
-    hugging_face_model("opt").save_pretrained(tmp_path / "source")
-    report = convert(from_dir=tmp_path / "source", out=tmp_path / "model")
-    assert report.config.architecture == "encoder"
-    assert any("the language model (opt) is left out" in line for line in report.warnings)
-    assert any("OPT and T5 language models are not built yet" in reason for reason in report.ignored)
 
 
 def test_a_key_bias_of_its_own_is_refused(tmp_path):
