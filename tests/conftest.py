@@ -2,6 +2,9 @@
 
 The compilation cache is shared by the workers and kept between runs. Entries are compressed and checksummed, so one
 that another worker is still writing (or never finished) is compiled again, with a warning; `make clean` empties it.
+
+XLA compiles without LLVM's optimisations, in half the time, which is most of what tiny models take. `XLA_FLAGS= make
+test` tests the code as users run it, and must pass too.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
     OMP_NUM_THREADS="1",  # torch and numpy: one thread a worker, as the workers already fill the cores
 )
+
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax
 import pytest
