@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from mgpt4_jax.data.prompts import get_template
 from mgpt4_jax.data.text import BertTokenizer, load_bert_tokenizer, load_llama_tokenizer
 from mgpt4_jax.errors import UserError
 from mgpt4_jax.generate.answer import Answerer, Generation, Prepared, Question
+from mgpt4_jax.generate.beam_engine import Hypothesis
+from mgpt4_jax.generate.captions import DEFAULTS as CAPTIONS
+from mgpt4_jax.generate.captions import Captioner
 from mgpt4_jax.generate.chat import Chat
 from mgpt4_jax.generate.engine import Engine
 from mgpt4_jax.generate.memory import MemoryPlan, plan_memory
@@ -128,7 +132,8 @@ class Model:
           images: for each prompt a picture (path, bytes, data URI or Pillow image), a list of them, or None.
             ``<ImageHere>`` in a prompt says where its pictures stand; without it they come first.
           template: the conversation template; the model's own if None; ``"none"`` gives the text as it is.
-          sampling: fields of ``SamplingParams``: max_new_tokens, temperature (0: greedy), top_p, stop, seed, ...
+          sampling: fields of ``SamplingParams``: max_new_tokens, temperature (0: greedy), top_p, stop, seed,
+            num_beams (over 1: beam search), length_penalty, num_return_sequences, ...
         """
         if isinstance(prompts, str):
             raise UserError("prompts must be a list of texts; for one prompt write prompts=[...]")
@@ -195,6 +200,7 @@ class RetrievalModel:
 
         self._features, self._texts = method("image_features"), method("text_features")
         self._tokens, self._match = method("encode_pixels"), method("match_logits")
+        self._captioner: Captioner | None = None
 
     def embed_images(self, images: Sequence[ImageSource]) -> Float[np.ndarray, "i q c"]:
         """Unit vectors of every query of each picture; the similarity to a text is that of the best query."""
@@ -215,6 +221,26 @@ class RetrievalModel:
             lambda i, j: self._match({"params": self.params}, tokens[i], ids[j], valid[j]), first, second
         )
         return np.asarray(jax.nn.softmax(rows, axis=-1))[:, 1].reshape(len(tokens), len(ids))
+
+    def caption(self, images: Sequence[ImageSource], **sampling: Any) -> list[Generation]:
+        """What the Q-Former itself says of each picture (ITG), by beam search.
+
+        Args:
+          sampling: fields of ``SamplingParams`` other than those of drawing, and ``stop``; 3 beams and 10 to 30 tokens
+            by default, as LAVIS has it.
+        """
+        if self._captioner is None:
+            self._captioner = Captioner(self.config, self.params, self.tokenizer, jnp.dtype(self.dtype))
+        params = sampling_params(sampling, CAPTIONS)
+        return [self._caption(found) for found in self._captioner.captions(self._pixels(images), params)]
+
+    def _caption(self, found: list[Hypothesis]) -> Generation:
+        """The best of the hypotheses, with the others."""
+        best, *others = (
+            Generation(self.tokenizer.decode(one.ids), one.ids, one.finish_reason, 0, len(one.ids), one.score)
+            for one in found
+        )
+        return dataclasses.replace(best, others=tuple(others))
 
     def _pixels(self, images: Sequence[ImageSource]) -> Float[np.ndarray, "i H W 3"]:
         if not len(images):

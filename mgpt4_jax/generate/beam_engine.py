@@ -8,6 +8,7 @@ of two), length of prompts and of answers, count of pictures (``buckets``) and n
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -118,16 +119,20 @@ class BeamEngine:
             room=bucket(self.engine.lengths, max(params.max_new_tokens for params in sampling)),
             rules=rules,
         )
-        rows = zip(requests, zip(*jax.device_get(found), strict=True), strict=False)
-        return [_hypotheses(Hypotheses(*row), request.sampling.num_return_sequences) for request, row in rows]
+        return hypotheses_of(found, [request.sampling.num_return_sequences for request in requests])
 
 
-def _hypotheses(row: Hypotheses, count: int) -> list[Hypothesis]:
+def hypotheses_of(found: Hypotheses, counts: Sequence[int]) -> list[list[Hypothesis]]:
+    """On the host: the best of the first rows, so many of each."""
+    rows = zip(*jax.device_get(found), strict=True)
     return [
-        Hypothesis(ids[:length].tolist(), float(score), "stop" if stopped else "length")
-        for ids, length, score, stopped in zip(*row, strict=True)
-        if score > -np.inf
-    ][:count]
+        [
+            Hypothesis(ids[:length].tolist(), float(score), "stop" if stopped else "length")
+            for ids, length, score, stopped in itertools.islice(zip(*row, strict=True), count)
+            if score > -np.inf
+        ]
+        for row, count in zip(rows, counts, strict=False)
+    ]
 
 
 def _search(

@@ -57,6 +57,15 @@ def test_embeddings_and_matches_equal_the_module(retrieval: RetrievalModel, pict
         np.testing.assert_allclose(matches[1, row], jax.nn.softmax(logits)[0, 1], rtol=1e-4, atol=1e-5)
 
 
+def test_captions(retrieval: RetrievalModel, pictures: list[Path]) -> None:
+    first, second, third = retrieval.caption(pictures, max_new_tokens=12, num_return_sequences=2)
+    assert all(9 <= answer.new_tokens <= 12 and answer.text for answer in (first, second, third))
+    assert len(first.others) == 1 and first.score > first.others[0].score
+    assert first.text == retrieval.tokenizer.decode(first.ids)
+    [alone] = retrieval.caption(pictures[:1], max_new_tokens=12)
+    assert (alone.text, alone.others) == (first.text, ())
+
+
 def test_nothing_to_embed_is_refused(retrieval: RetrievalModel) -> None:
     with pytest.raises(UserError, match="list of one text"):
         retrieval.embed_texts("a cat")

@@ -52,6 +52,7 @@ SEGMENTS = ("config.answer_ids", "config.prompt_segments_ids", "config.gen_conte
 CONTEXTS = ("gen_context_emb_*", "gen_first_logits_*", "chat_truncated_context", "multi_image_context")
 GREEDY = ("gen_greedy*", "config.generate.greedy*.text")
 BEAMS = ("gen_beam*", "config.generate.beam*.text")
+QFORMER_CAPTIONS = ("caption_ids_beam*",)
 STOP_TEST = ("config.stop_test",)
 CHAT = ("config.chat_turns",)
 EVALUATION_TRANSFORM = ("eval_*",)
@@ -82,7 +83,7 @@ SAVED = ("config.saved_checkpoint_model_keys",)
 CHECKED = {
     "eva": EVA,
     "qformer": (*QFORMER, *SPECIAL_IDS),
-    "blip2_stage1": (*STAGE1, *PRETRAINED, *SPECIAL_IDS),
+    "blip2_stage1": (*STAGE1, *PRETRAINED, *QFORMER_CAPTIONS, *SPECIAL_IDS),
     "blip2_ranks": RANKS,
     "adamw_stage1": STAGE1_STEPS,
     "blip2_retrieval": RETRIEVAL,

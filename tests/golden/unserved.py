@@ -16,7 +16,6 @@ NOT_RECORDED = "nothing: the answers that were ranked are not recorded"
 UNSERVED = {
     "blip2_opt": {"*": OPT},
     "blip2_t5": {"*": T5},
-    "blip2_stage1": {"caption_ids_beam*": "captions by the Q-Former"},
     "blip2_retrieval": {"config.metrics": EVALUATION},
     "minigpt4": {"config.multi_select_ranks": NOT_RECORDED},
 }
