@@ -49,6 +49,8 @@ def test_help_does_not_import_jax() -> None:
         (["generate", "nowhere", "--input", "x", "--output", "y", "--top-q", "1"], "top-q"),
         (["generate", "nowhere", "--input", "x", "--output", "y", "--temperature", "warm"], "temperature"),
         (["generate", "nowhere", "--input", "x", "--output", "y", "--temperature", "-1"], "temperature must be"),
+        (["generate", "nowhere", "--input", "x", "--output", "y", "--num-beams", "0"], "num_beams must be"),
+        (["generate", "nowhere", "--input", "x", "--output", "y", "--early-stopping", "soon"], "early-stopping"),
         (["generate", "nowhere", "--input", "x", "--output", "y", "--template", "llama9"], "unknown template"),
         (["generate", "nowhere", "--input", "x.jsonl", "--output", "y"], "x.jsonl: cannot be read"),
         (["generate", "nowhere", "--input", "/dev/null", "--output", "y"], "model.json"),

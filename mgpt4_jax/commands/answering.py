@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from mgpt4_jax.api import Model
     from mgpt4_jax.generate.sampling import SamplingParams
 
+EARLY_STOPPING: dict[str, bool | str] = {"true": True, "false": False, "never": "never"}
+
 
 def _add_loading(parser: ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="the model directory")
@@ -40,12 +42,20 @@ def _add_sampling(parser: ArgumentParser, temperature: str, top_p: str, penalty:
     parser.add_argument("--repetition-penalty", type=float, help=f"over 1: say less twice ({penalty})")
     parser.add_argument("--seed", type=int, help="of the draws (0)")
     parser.add_argument("--stop", action="append", help="end the answer before this text; may be given again")
+    parser.add_argument("--num-beams", type=int, help="over 1: search with so many beams, and temperature 0 (1)")
+    parser.add_argument("--length-penalty", type=float, help="of beams: over 0 prefers long answers (1)")
+    parser.add_argument("--num-return-sequences", type=int, help="of beams: give so many of the best answers (1)")
+    parser.add_argument(
+        "--early-stopping", choices=tuple(EARLY_STOPPING), help="of beams: stop as soon as there are answers (false)"
+    )
 
 
 def _sampling(arguments: Namespace, defaults: SamplingParams) -> SamplingParams:
     from mgpt4_jax.generate.sampling import PARAMETER_NAMES, sampling_params
 
     given = {name: arguments[name] for name in PARAMETER_NAMES if arguments.get(name) is not None}
+    if "early_stopping" in given:
+        given["early_stopping"] = EARLY_STOPPING[given["early_stopping"]]
     return sampling_params(given, defaults)
 
 
