@@ -17,8 +17,14 @@ def token_losses(
     Position ``i`` predicts target ``i + 1``. With smoothing the target distribution is
     ``(1 - label_smoothing)`` on the token and the rest spread evenly over all ``v`` (as PyTorch).
     """
-    log_probabilities = jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32), axis=-1)
-    targets = targets[:, 1:]
+    return _cross_entropies(logits[:, :-1], targets[:, 1:], label_smoothing)
+
+
+def _cross_entropies(
+    logits: Float[Array, "b t v"], targets: Int[Array, "b t"], label_smoothing: float
+) -> tuple[Float[Array, "b t"], Bool[Array, "b t"]]:
+    """Of each position and its own target."""
+    log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     counted = targets != IGNORED
     picked = jnp.take_along_axis(log_probabilities, jnp.where(counted, targets, 0)[..., None], axis=-1)[..., 0]
     losses = -(1 - label_smoothing) * picked - label_smoothing * log_probabilities.mean(axis=-1)
@@ -29,7 +35,20 @@ def caption_loss(
     logits: Float[Array, "b t v"], targets: Int[Array, "b t"], *, label_smoothing: float = 0.0
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
     """Mean over the tokens that count, of the whole batch (``LlamaForCausalLM`` with labels)."""
-    losses, counted = token_losses(logits, targets, label_smoothing=label_smoothing)
+    return _mean(*token_losses(logits, targets, label_smoothing=label_smoothing))
+
+
+def answer_loss(
+    logits: Float[Array, "b t v"], targets: Int[Array, "b t"], *, label_smoothing: float = 0.0
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+    """``caption_loss`` of a decoder that reads its targets one place later (``T5ForConditionalGeneration``).
+
+    Position ``i`` predicts target ``i``.
+    """
+    return _mean(*_cross_entropies(logits, targets, label_smoothing))
+
+
+def _mean(losses: Float[Array, "b t"], counted: Bool[Array, "b t"]) -> tuple[Float[Array, ""], dict[str, Array]]:
     num_tokens = counted.sum()
     loss = losses.sum() / jnp.maximum(num_tokens, 1)
     return loss, {"loss": loss, "num_tokens": num_tokens}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from mgpt4_jax.losses import IGNORED, caption_loss, token_losses
+from mgpt4_jax.losses import IGNORED, answer_loss, caption_loss, token_losses
 
 
 @pytest.fixture
@@ -34,6 +34,22 @@ def test_value_and_gradient_equal_torch(batch, smoothing):
     np.testing.assert_allclose(loss, expected.item(), rtol=1e-6)
     np.testing.assert_allclose(gradient, theirs.grad.numpy(), atol=1e-7)
     assert metrics["num_tokens"] == (targets[:, 1:] != IGNORED).sum()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_an_answer_is_predicted_where_it_stands(batch, smoothing):
+    logits, targets = batch
+    (loss, metrics), gradient = jax.value_and_grad(
+        lambda x: answer_loss(x, targets, label_smoothing=smoothing), has_aux=True
+    )(logits)
+    theirs = torch.tensor(logits, requires_grad=True)
+    expected = torch.nn.functional.cross_entropy(
+        theirs.reshape(-1, 17), torch.tensor(targets).reshape(-1), label_smoothing=smoothing
+    )
+    expected.backward()
+    np.testing.assert_allclose(loss, expected.item(), rtol=1e-6)
+    np.testing.assert_allclose(gradient, theirs.grad.numpy(), atol=1e-7)
+    assert metrics["num_tokens"] == (targets != IGNORED).sum()
 
 
 def test_ignored_positions_are_zero_and_a_batch_without_targets_is_finite(batch):

@@ -131,8 +131,17 @@ class Case:
 
     @cached_property
     def language_model(self) -> Path | None:
-        """The directory of a LLaMA, whatever it is called."""
-        return next((path.parent for path in self._configs() if _model_type(path) == "llama"), None)
+        """The directory of a LLaMA, OPT or T5, whatever it is called; a tokeniser may say that it is one, too."""
+        models = (path.parent for path in self._configs() if _model_type(path) in ("llama", "opt", "t5"))
+        return next((folder for folder in models if any(_weights_in(folder))), None)
+
+    @cached_property
+    def language_tokenizer(self) -> Path | None:
+        """The directory of the language model's tokeniser."""
+        files = ("tokenizer.model", "merges.txt", "spiece.model", "tokenizer.json")
+        folders = [self.language_model, *sorted(path for path in self.directory.iterdir() if path.is_dir())]
+        found = (folder for folder in folders if folder is not None and any((folder / name).exists() for name in files))
+        return next((folder for folder in found if folder != self.text_tokenizer), None)
 
     @cached_property
     def text_tokenizer(self) -> Path | None:
@@ -159,6 +168,10 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
         return {}
     with np.load(path) as file:
         return {key: file[key] for key in file.files}
+
+
+def _weights_in(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.suffix in _WEIGHTS]
 
 
 def _model_type(path: Path) -> str:

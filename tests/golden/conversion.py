@@ -47,6 +47,8 @@ def convert_case(case: Case, out: Path, **replaced: Path) -> Converted:
     roles = sources_of(case) | replaced
     overrides = overrides_of(case.config)
     tokenizer = {} if case.text_tokenizer is None else {"qformer_tokenizer": case.text_tokenizer}
+    if case.language_tokenizer != case.language_model:
+        tokenizer["tokenizer"] = case.language_tokenizer
     report = convert(**roles, out=out, overrides=overrides, **tokenizer)
     _, plan = plan_conversion(**roles, overrides=overrides)
     return Converted(case, out, report.config, plan)

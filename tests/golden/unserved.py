@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from cases import Case, is_claimed
 
-OPT = "BLIP-2 on OPT"
-T5 = "BLIP-2 on FlanT5"
+ANSWERS = "answers of BLIP-2 on OPT and FlanT5"
 EVALUATION = "evaluation"
 NOT_RECORDED = "nothing: the answers that were ranked are not recorded"
 
 UNSERVED = {
-    "blip2_opt": {"*": OPT},
-    "blip2_t5": {"*": T5},
+    "blip2_opt": {"gen_*": ANSWERS, "vqa_*": ANSWERS},
+    "blip2_t5": {"gen_*": ANSWERS, "vqa_*": ANSWERS},
     "blip2_retrieval": {"config.metrics": EVALUATION},
     "minigpt4": {"config.multi_select_ranks": NOT_RECORDED},
 }

@@ -22,6 +22,12 @@ LANGUAGE = {
     "vicuna_7b": (presets.vicuna_7b(), 6_738_415_616 + 2 * 4096),
     "vicuna_13b": (presets.vicuna_13b(), 13_015_864_320 + 2 * 5120),
 }
+OTHERS = {
+    "opt_2_7b": (ModelConfig("opt", opt=presets.opt_2_7b()), 2_651_596_800),
+    "opt_6_7b": (ModelConfig("opt", opt=presets.opt_6_7b()), 6_658_473_984),
+    "flan_t5_xl": (ModelConfig("t5", t5=presets.flan_t5_xl()), 2_849_757_184),
+    "flan_t5_xxl": (ModelConfig("t5", t5=presets.flan_t5_xxl()), 11_135_332_352),
+}
 WHOLE = {
     "vicuna": presets.minigpt4(presets.vicuna_7b()),
     "llama2": presets.minigpt4(presets.llama2_7b(), with_qformer=False),
@@ -29,6 +35,10 @@ WHOLE = {
     "instructblip": ModelConfig(
         "instructblip", presets.eva_vit_g(), presets.qformer_base(with_text=True), presets.vicuna_7b()
     ),
+    "blip2_opt": presets.blip2_stage2(presets.opt_2_7b()),
+    "opt_350m": ModelConfig("opt", opt=presets.OptConfig(hidden_size=1024, embed_size=512, norm_first=False)),
+    "instructblip_t5": presets.blip2_stage2(presets.flan_t5_xl(), reads_instruction=True),
+    "t5_tied": ModelConfig("t5", t5=presets.T5Config(gated=False, activation="relu", tie_embeddings=True)),
     "grouped": ModelConfig("llama", llama=presets.llama31_8b()),
 }
 
@@ -41,6 +51,22 @@ def _count(tree) -> int:
 def test_language_models_have_the_published_size(name):
     config, expected = LANGUAGE[name]
     assert num_parameters(ModelConfig("llama", llama=config)) == expected
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_opt_and_flan_t5_have_the_published_size(name):
+    config, expected = OTHERS[name]
+    assert num_parameters(config) == expected
+
+
+def test_blip2_on_opt_and_flan_t5():
+    picture = 985_894_528 + 105_165_056
+    for config, width, name in (
+        (presets.blip2_stage2(presets.opt_6_7b()), 4096, "opt_6_7b"),
+        (presets.blip2_stage2(presets.flan_t5_xl()), 2048, "flan_t5_xl"),
+    ):
+        assert num_parameters(config) == picture + 769 * width + OTHERS[name][1]
+        assert config.tokens_per_image == 32
 
 
 def test_picture_side_has_the_published_size():
