@@ -40,6 +40,9 @@ RULES: dict[str, str | None] = {
 BATCH = P(("data", "fsdp"))
 """Samples are cut over both axes that do not cut heads."""
 
+ACTIVATIONS = (("batch", BATCH[0]), ("replica", "data"), ("embed", "fsdp"))
+"""Logical axis of an activation -> mesh axes, for ``nn.logical_axis_rules``."""
+
 _log = logging.getLogger(__name__)
 
 

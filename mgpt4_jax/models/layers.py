@@ -160,6 +160,21 @@ def feed_forward(x: Float[Array, "b t d"], mlp_size: int, dtype: DType) -> Float
     return dense(x.shape[-1], ("mlp", "embed"), name="fc2", dtype=dtype)(nn.gelu(hidden, approximate=False))
 
 
+def cut(x: Float[Array, "b t d"], axes: tuple[str | None, ...]) -> Float[Array, "b t d"]:
+    """Say how activations lie on a mesh, by logical axes; outside ``nn.logical_axis_rules`` it says nothing.
+
+    Left alone the compiler may cut activations as the parameters are cut, along their width, and then adds up those
+    of the whole batch in every layer.
+    """
+    mesh = jax.typeof(x).sharding.mesh
+    return x if mesh.empty else nn.with_logical_constraint(x, axes, mesh=mesh)
+
+
+def cut_by_rows(x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+    """Each sample's activations whole on its device."""
+    return cut(x, ("batch", None, None))
+
+
 def scan_layers(
     layer: nn.Module,
     x: Float[Array, "b t d"],
@@ -176,8 +191,8 @@ def scan_layers(
     """
 
     def body(layer: nn.Module, x: Array, cache: Cache | None, *shared: Any) -> tuple[Array, Cache | None]:
-        x, new_cache = layer(x, *shared, cache)
-        return x, None if cache is None else new_cache
+        x, new_cache = layer(cut_by_rows(x), *shared, cache)
+        return cut_by_rows(x), None if cache is None else new_cache
 
     scanned = nn.scan(
         nn.remat(body, prevent_cse=False) if remat else body,

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from mgpt4_jax.config import LlamaConfig
 from mgpt4_jax.models.layers import (
     attend,
+    cut,
+    cut_by_rows,
     dense,
     embedding,
     rms_norm,
@@ -105,7 +107,8 @@ class Llama(nn.Module):
             )
 
     def embed(self, ids: Int[Array, "b t"]) -> Float[Array, "b t d"]:
-        return self.embed_tokens(ids)
+        # Where the table is cut along its width, the pieces of each row come together in one exchange.
+        return cut_by_rows(cut(self.embed_tokens(ids), ("replica", None, "embed")))
 
     @nn.compact
     def __call__(

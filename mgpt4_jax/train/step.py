@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 
 from mgpt4_jax.optim import apply_updates, update_average
+from mgpt4_jax.sharding import ACTIVATIONS
 from mgpt4_jax.train.objectives import Batch, Metrics, Objective
 from mgpt4_jax.train.state import TrainState, join
 from mgpt4_jax.typing import Array, Float, Params
@@ -55,7 +57,8 @@ def make_evaluation(objective: Objective) -> Any:
     """The jitted ``(trainable, frozen, batch) -> metrics`` with ``loss`` and ``weight``, without dropout."""
 
     def evaluate(trainable: Params, frozen: Params, batch: Batch) -> Metrics:
-        loss, metrics = objective(join(trainable, frozen), batch, None)
+        with nn.logical_axis_rules(ACTIVATIONS):
+            loss, metrics = objective(join(trainable, frozen), batch, None)
         return {"loss": loss, **metrics}
 
     return jax.jit(evaluate)
@@ -73,7 +76,8 @@ def gradient(
     """
 
     def loss_of(trainable: Params, part: Batch, key: Array) -> tuple[Array, Metrics]:
-        loss, metrics = objective(join(trainable, frozen), part, key)
+        with nn.logical_axis_rules(ACTIVATIONS):
+            loss, metrics = objective(join(trainable, frozen), part, key)
         return loss, {"loss": loss, **metrics}
 
     differentiate = jax.grad(loss_of, has_aux=True)
