@@ -43,6 +43,7 @@ def convert(
     llm: Paths | None = None,
     llm_delta: Paths | None = None,
     projection: Paths | None = None,
+    bert: Paths | None = None,
     from_dir: Paths | None = None,
     out: Paths,
     template: str | None = None,
@@ -59,6 +60,7 @@ def convert(
     * ``vit``, ``qformer``, ``llm``, ``projection``: ``eva_vit_g.pth``, ``blip2_pretrained*.pth``, a Hugging
       Face directory of a LLaMA, OPT or T5, ``pretrained_minigpt4*.pth``; parts may be absent (the language model
       alone, the picture side alone). ``llm_delta``: Vicuna's delta weights, added to the LLaMA of ``llm``.
+    * ``bert``: with ``vit`` alone, a Hugging Face directory of bert-base-uncased: where stage 1 begins.
     * ``from_dir``: instead of all these, one Hugging Face directory (Blip2*, InstructBlip*, LLaMA, OPT, T5).
     * ``overrides``: what the files cannot tell, ``{"vit": {"num_heads": 4}}``; ``image_size`` in pixels resizes
       the position embeddings.
@@ -69,7 +71,7 @@ def convert(
     """
     if template is not None:
         get_template(template)
-    sources = open_sources(vit, qformer, llm, llm_delta, projection, from_dir)
+    sources = open_sources(vit, qformer, llm, llm_delta, projection, from_dir, bert)
     if image_size is not None:
         overrides = {**(overrides or {}), "vit": {**(overrides or {}).get("vit", {}), "image_size": image_size}}
     inferred = infer(sources, overrides, allow_llm_mismatch=allow_llm_mismatch)
@@ -83,7 +85,7 @@ def convert(
             apply(planned, writer, progress)
             writer.finish()
             files = tuple(future.result() for future in hashes)
-        language = sources.get("llm") or sources.get("model")
+        language = sources.get("llm") or sources.get("bert") or sources.get("model")
         _copy_tokenizers(partial, inferred, language, tokenizer, qformer_tokenizer)
         manifest = ModelManifest(
             config=inferred.config,
@@ -120,16 +122,19 @@ def open_sources(
     llm_delta: Paths | None = None,
     projection: Paths | None = None,
     from_dir: Paths | None = None,
+    bert: Paths | None = None,
 ) -> dict[str, Source]:
     """Open the files, by role; refuse combinations that mean nothing."""
-    paths = {"vit": vit, "qformer": qformer, "llm": llm, "projection": projection}
+    paths = {"vit": vit, "qformer": qformer, "llm": llm, "projection": projection, "bert": bert}
     named = {role: path for role, path in paths.items() if path is not None}
     if from_dir is not None:
         if named or llm_delta is not None:
             raise UserError(f"--from {from_dir} is a whole model; leave out --{next(iter(named), 'llm-delta')}")
         return {"model": open_source(from_dir)}
     if not named:
-        raise UserError("nothing to convert: give --vit, --qformer, --llm, --projection, or --from DIR")
+        raise UserError("nothing to convert: give --vit, --qformer, --llm, --projection, --bert, or --from DIR")
+    if bert is not None and (others := [role for role in named if role not in ("vit", "bert")]):
+        raise UserError(f"--bert {bert} is where a Q-Former begins; leave out --{others[0]}, or --bert")
     if llm_delta is not None and llm is None:
         raise UserError(f"--llm-delta {llm_delta} needs --llm, the LLaMA weights that it is added to")
     sources = {role: open_source(path) for role, path in named.items()}

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from mgpt4_jax.errors import UserError
 
+from .bert import infer_bert
 from .huggingface import infer_hugging_face
 from .inferred import PARTS, Inferred, Overrides
 from .language import KINDS
@@ -20,7 +21,7 @@ from .readers import Source
 def infer(
     sources: Mapping[str, Source], overrides: Overrides | None = None, *, allow_llm_mismatch: bool = False
 ) -> Inferred:
-    """``sources`` by role: vit, qformer, llm, projection, or model (a whole Hugging Face directory).
+    """``sources`` by role: vit, qformer, llm, projection; vit and bert; or model (a whole Hugging Face directory).
 
     Raises ``UserError`` for parts that do not belong together or are not supported.
     """
@@ -29,7 +30,9 @@ def infer(
         if not isinstance(fields := overrides.get(part, {}), Mapping):
             raise UserError(f"overrides: {part} must map fields to values, such as {{num_heads: 4}}; got {fields!r}")
     model = sources.get("model")
-    if model is None:
+    if "bert" in sources:
+        result = infer_bert(sources, overrides)
+    elif model is None:
         result = LavisFiles(sources, overrides, allow_llm_mismatch).infer()
     elif (model.config or {}).get("model_type") in KINDS:
         result = LavisFiles({"llm": model}, overrides, allow_llm_mismatch).infer()

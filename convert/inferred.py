@@ -29,6 +29,7 @@ class Inferred:
     template: str
     resized: str | None = None
     warnings: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
 
 def qformer_config(

@@ -192,6 +192,9 @@ def _describe_hugging_face(
         if has_language and language not in KINDS:
             return what, [], [f"its language model ({language}) is not supported"]
         return what, [f"a model: `mgpt4 convert --from {path} ...`"], []
+    if kind == "bert" and "cls.predictions.bias" in keys:
+        command = f"mgpt4 convert --vit FILE --bert {path} ..."
+        return "Hugging Face BERT with its prediction head", [f"where stage 1 of BLIP-2 begins: `{command}`"], []
     return f"Hugging Face {kind}", [], [f"model_type {kind!r} is not converted"]
 
 

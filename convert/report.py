@@ -40,6 +40,7 @@ class Report:
     filled: dict[str, list[str]]  # reason -> parameters that no file holds
     resized: str | None
     warnings: tuple[str, ...]
+    remarks: tuple[str, ...] = ()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         table = Table("component", "parameters", "tensors", "dtype")
@@ -53,8 +54,8 @@ class Report:
         yield from map(escape, self.notes())
 
     def notes(self) -> list[str]:
-        """One line each: what was resized, left out or filled in, warnings, and where the model is."""
-        lines = [self.resized] if self.resized else []
+        """One line each: what was resized, copied, left out or filled in, warnings, and where the model is."""
+        lines = [*([self.resized] if self.resized else []), *self.remarks]
         for reason, keys in self.ignored.items():
             lines.append(f"left out {len(keys)}: {reason} ({_examples(keys)})")
         for reason, paths in self.filled.items():
@@ -81,6 +82,7 @@ def summarize(out: Path, plan: Plan, inferred: Inferred, manifest: ModelManifest
         filled=filled,
         resized=inferred.resized,
         warnings=tuple(inferred.warnings),
+        remarks=tuple(inferred.remarks),
     )
 
 

@@ -154,12 +154,16 @@ def plan(parts: Sequence[Part], abstract: Any) -> Plan:
     for part in parts:
         _plan_part(part, result, filled, problems)
     for path, count in filled.items():
-        rows = result.leaves[path][0] if is_stacked(path) else 1
-        if count != rows:
+        if count != (rows := _rows(result, path)):
             problems.add("parameters not filled once", f"  {path}: {count} of {rows} parts")
     if problems.lines:
         raise problems.error(", ".join(part.name for part in parts))
     return result
+
+
+def _rows(result: Plan, path: str) -> int:
+    """In how many parts a parameter is filled: its layers, if it has some."""
+    return result.leaves[path][0] if is_stacked(path) else 1
 
 
 def _plan_part(part: Part, result: Plan, filled: dict[str, int], problems: _Problems) -> None:
@@ -184,7 +188,7 @@ def _plan_part(part: Part, result: Plan, filled: dict[str, int], problems: _Prob
     for rule in (entry for entry in part.table if isinstance(entry, Rule)):
         _check_targets(rule, result, filled)
     for fill in (entry for entry in part.table if isinstance(entry, Fill)):
-        filled[fill.target] += 1
+        filled[fill.target] += _rows(result, fill.target)
         result.fills.append(fill)
         result.dtypes[fill.target] = np.dtype(np.float32)
 

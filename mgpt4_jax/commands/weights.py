@@ -42,6 +42,7 @@ def _add_sources(parser: ArgumentParser) -> None:
 
 def _add_convert(parser: ArgumentParser) -> None:
     _add_sources(parser)
+    parser.add_argument("--bert", type=Path, help="directory of bert-base-uncased: where BLIP-2 stage 1 begins")
     parser.add_argument("--out", type=Path, required=True, help="the model directory to write")
     parser.add_argument("--template", help="conversation template: vicuna_v0, llama2, ... (guessed from the files)")
     parser.add_argument("--overrides", type=Path, help="YAML of what files of unusual sizes cannot tell")

@@ -83,6 +83,41 @@ def qformer(*, text: bool, heads: bool | None = None) -> Shapes:
     return shapes
 
 
+def bert() -> Shapes:
+    """``pytorch_model.bin`` of bert-base-uncased: norms have the names of TensorFlow."""
+    d, f, v = 768, 3072, 30522
+    layer, head = "bert.encoder.layer.{0-11}", "cls.predictions"
+
+    def old_norm(name: str) -> Shapes:
+        return {f"{name}.gamma": [d], f"{name}.beta": [d]}
+
+    words = {"word": v, "position": 512, "token_type": 2}
+    shapes: Shapes = {f"bert.embeddings.{name}_embeddings.weight": [rows, d] for name, rows in words.items()}
+    shapes |= old_norm("bert.embeddings.LayerNorm")
+    for name in ("self.query", "self.key", "self.value", "output.dense"):
+        shapes |= linear(f"{layer}.attention.{name}", d, d)
+    shapes |= old_norm(f"{layer}.attention.output.LayerNorm") | old_norm(f"{layer}.output.LayerNorm")
+    shapes |= linear(f"{layer}.intermediate.dense", f, d) | linear(f"{layer}.output.dense", d, f)
+    shapes |= linear("bert.pooler.dense", d, d) | linear("cls.seq_relationship", 2, d)
+    shapes |= {f"{head}.bias": [v], f"{head}.decoder.weight": [v, d]}
+    return shapes | linear(f"{head}.transform.dense", d, d) | old_norm(f"{head}.transform.LayerNorm")
+
+
+BERT_CONFIG = {
+    "architectures": ["BertForMaskedLM"],
+    "model_type": "bert",
+    "hidden_act": "gelu",
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "layer_norm_eps": 1e-12,
+    "max_position_embeddings": 512,
+    "type_vocab_size": 2,
+    "vocab_size": 30522,
+}
+
+
 def llama(size: int, mlp: int, layers: int, vocab: int, *, kv: int | None = None, buffers: bool = False) -> Shapes:
     """``LlamaForCausalLM`` as saved; ``buffers`` adds what transformers <= 4.30 saved too."""
     layer = f"model.layers.{{0-{layers - 1}}}"
@@ -128,6 +163,7 @@ def hand_written() -> dict[str, dict[str, Any]]:
     rotary = {"llama_model.model.layers.{0-31}.self_attn.rotary_emb.inv_freq": [64]}
     files = {
         "eva_vit_g": {"shapes": eva()},
+        "bert_base_uncased": {"shapes": bert(), "config": BERT_CONFIG},
         "blip2_pretrained": {"shapes": qformer(text=True)},
         "blip2_pretrained_flant5xxl": {"shapes": qformer(text=False) | linear("t5_proj", 4096, 768)},
         "blip2_pretrained_flant5xl": {"shapes": qformer(text=False) | linear("t5_proj", 2048, 768)},

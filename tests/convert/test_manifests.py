@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from weight_files import manifest
+from weight_files import QFORMER as QFORMER_FILE
+from weight_files import VIT, manifest
 
 from mgpt4_jax.convert.convert import open_sources
 from mgpt4_jax.convert.infer import infer
-from mgpt4_jax.convert.readers import SumSource
+from mgpt4_jax.convert.readers import SumSource, TensorInfo
 from mgpt4_jax.convert.rules import plan
 from mgpt4_jax.errors import UserError
 from mgpt4_jax.models import abstract_params
@@ -106,6 +107,61 @@ def test_eva_alone_leaves_out_its_last_block_and_its_end():
     assert found == VIT_G + LN_VISION
     ignored = {reason: len(keys) for reason, keys in planned.ignored.items()}
     assert sorted(ignored.values()) == [4, 13]
+
+
+def test_stage_1_begins_with_bert():
+    """The same model as that which stage 1 leaves; 16 tensors of each layer, 12 elsewhere."""
+    config, planned, found = count_at_full_size({"vit": "eva_vit_g", "bert": "bert_base_uncased"})
+    trained, _, count = count_at_full_size(STAGE1)
+    assert (config, found) == (trained, count)
+    moved = [move for move in planned.moves if move.part.name == "bert_base_uncased"]
+    assert len(moved) == 12 * 16 + 9
+    assert {alias.source for _, alias in planned.aliases} == {"cls.predictions.decoder.weight"}
+    assert sorted(map(len, planned.ignored.values())) == [1, 2, 2, 4, 13]  # segments, pooler, next sentence; EVA's end
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"bert.encoder.layer.12.output.dense.bias": (768,)}, "1 unknown tensors; first: . bert.encoder.layer.12"),
+        ({"bert.encoder.layer.0.crossattention.self.query.bias": (768,)}, "1 unknown tensors; first: .*crossattention"),
+        ({"bert.encoder.layer.3.output.LayerNorm.gamma": None}, "1 missing tensors; first: .*layer.3.output.LayerNorm"),
+        ({"cls.predictions.transform.dense.weight": None}, "1 missing tensors"),
+        ({"cls.predictions.bias": None}, "--bert wants bert-base-uncased with its prediction head"),
+        ({"bert.embeddings.word_embeddings.weight": (30523, 768)}, "1 tensors of another shape"),
+    ],
+)
+def test_a_bert_that_is_not_whole_is_refused(changes, match):
+    bert = manifest("bert_base_uncased")
+    for key, shape in changes.items():
+        bert._tensors[key] = TensorInfo(shape, "float16", bert.path)
+        if shape is None:
+            del bert._tensors[key]
+    with pytest.raises(UserError, match=match):
+        inferred = infer({"vit": manifest("eva_vit_g"), "bert": bert})
+        plan(inferred.parts, abstract_params(inferred.config))
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"model_type": "roberta"}, "model_type is 'roberta'; --bert wants bert-base-uncased"),
+        ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
+        ({"hidden_size": "768"}, "hidden_size must be a whole number, got '768'"),
+    ],
+)
+def test_another_kind_of_bert_is_refused(fields, match):
+    bert = manifest("bert_base_uncased")
+    bert.config |= fields
+    with pytest.raises(UserError, match=match):
+        infer({"vit": manifest("eva_vit_g"), "bert": bert})
+
+
+def test_bert_wants_its_vision_transformer_and_no_trained_qformer():
+    with pytest.raises(UserError, match="add --vit eva_vit_g.pth"):
+        infer({"bert": manifest("bert_base_uncased")})
+    with pytest.raises(UserError, match="leave out --qformer, or --bert"):
+        open_sources(vit=VIT, qformer=QFORMER_FILE, bert=VIT)
 
 
 @pytest.mark.parametrize("name", ["blip2_pretrained_flant5xxl", "blip2_pretrained_opt2.7b", "blip2_pretrained"])
