@@ -6,13 +6,17 @@ other by explicit options, by SLURM or by a TPU pod; a process that is alone sta
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import json
 import logging
 import os
 import re
 import socket
+import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +24,10 @@ from typing import Any
 import numpy as np
 
 from mgpt4_jax.errors import UserError
+
+GRACE = 5.0
+"""Seconds that a process has to end by itself, when another one has told of its error."""
+_ERROR, _LEFT = "mgpt4/error", "mgpt4/left"
 
 _log = logging.getLogger(__name__)
 
@@ -171,9 +179,92 @@ def agree_max(value: int) -> int:
     return int(np.ascontiguousarray(multihost_utils.process_allgather(words)).view(np.int64).max())
 
 
-def any_process(flag: bool) -> bool:
-    """Whether the flag is set in any process: how all stop at the same step when one got a signal."""
-    return agree_max(int(flag)) > 0
+# --- ending ----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def ending_together() -> Iterator[None]:
+    """Around a run of the command line: an error in one of several processes ends all, in seconds, with its words.
+
+    Left to jax, the others would wait five minutes for the one that failed, and then be aborted.
+    """
+    import jax
+
+    if jax.process_count() == 1:
+        yield
+        return
+    over = threading.Event()
+    watch = threading.Thread(target=_watch, args=(over,), name="other processes", daemon=True)
+    watch.start()
+    try:
+        with telling_others():
+            yield
+    except BaseException as error:
+        atexit.register(_leave, _exit_code(error))  # before jax's own, which waits for the others
+        raise
+    finally:
+        over.set()
+        watch.join()
+
+
+@contextlib.contextmanager
+def telling_others() -> Iterator[None]:
+    """Within ``ending_together``, around what comes before a clean-up that waits for the other processes."""
+    import jax
+
+    try:
+        yield
+    except BaseException as error:
+        if jax.process_count() > 1:
+            text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            _note(_ERROR, json.dumps([jax.process_index(), _exit_code(error), " ".join(text.split())]))
+        raise
+
+
+def _exit_code(error: BaseException) -> int:
+    """As ``cli.main`` has it."""
+    return 2 if isinstance(error, UserError) else 130 if isinstance(error, KeyboardInterrupt) else 1
+
+
+def _client() -> Any:
+    """jax's line to its coordinator, which keeps notes for all processes."""
+    from orbax.checkpoint import multihost
+
+    return multihost.get_jax_distributed_client()
+
+
+def _note(key: str, text: str) -> None:
+    """The first of several that leave the same note is heard; a coordinator that is gone hears none."""
+    with contextlib.suppress(RuntimeError):
+        _client().key_value_set(key, text)
+
+
+def _watch(over: threading.Event) -> None:
+    """End this process once another has told of its error, unless it does so by itself."""
+    client = _client()
+    while not over.wait(1.0):
+        try:
+            process, code, text = json.loads(client.key_value_try_get(_ERROR))
+        except RuntimeError:  # no such note
+            continue
+        if not over.wait(GRACE):
+            print(f"error: process {process} stopped: {text}", file=sys.stderr)
+            _leave(code)
+
+
+def _leave(code: int) -> None:
+    """Exit without waiting for anything, but for the coordinator: it stays until the others have left."""
+    import jax
+
+    client, this = _client(), jax.process_index()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    _note(f"{_LEFT}/{this}", "")
+    end = time.monotonic() + 3 * GRACE
+    for other in range(1, jax.process_count() if this == 0 else 0):
+        with contextlib.suppress(RuntimeError):
+            client.blocking_key_value_get(f"{_LEFT}/{other}", max(int(1000 * (end - time.monotonic())), 1))
+    os._exit(code)
 
 
 # --- SLURM -----------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ def _add_train(parser: ArgumentParser) -> None:
 
 
 def _train(arguments: Namespace) -> int:
-    from mgpt4_jax.distributed import initialize, options_from
+    from mgpt4_jax.distributed import ending_together, initialize, options_from
     from mgpt4_jax.train_config import TrainConfig
 
     options, resume_from = options_from(arguments), arguments.resume_from
@@ -29,9 +29,10 @@ def _train(arguments: Namespace) -> int:
     fields = {field.name: arguments[field.name] for field in dataclasses.fields(TrainConfig)}
     config = parser.instantiate(Namespace(train=Namespace(**fields))).train
     initialize(options)
-    from mgpt4_jax.train.loop import train
+    with ending_together():
+        from mgpt4_jax.train.loop import train
 
-    outcome = train(config, resume_from=resume_from)
+        outcome = train(config, resume_from=resume_from)
     return 0 if outcome.signal is None else 128 + outcome.signal
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from mgpt4_jax.checkpoint import flatten, write_trained_model
 from mgpt4_jax.data.loading import BadSamples, TrainBatch, pad_batch
-from mgpt4_jax.distributed import agree_max, any_process, barrier, is_main
+from mgpt4_jax.distributed import agree_max, barrier, is_main, telling_others
 from mgpt4_jax.errors import TrainingStopped, UserError
 from mgpt4_jax.fingerprint import fingerprint
 from mgpt4_jax.optim import learning_rate
@@ -26,6 +26,7 @@ from mgpt4_jax.train.flops import peak_flops
 from mgpt4_jax.train.monitor import LossGuard, Monitor, Speed
 from mgpt4_jax.train.run import Signals, check_unchanged, run_directory, write_config
 from mgpt4_jax.train.run_log import read_log, read_losses
+from mgpt4_jax.train.screen import printable
 from mgpt4_jax.train.setup import Data, Plan, Programs, device_arrays, load_state, make_plan, open_data, weight_table
 from mgpt4_jax.train.stages import STAGES
 from mgpt4_jax.train_config import TrainConfig, train_config_to_dict
@@ -60,7 +61,7 @@ def train(config: TrainConfig, *, resume_from: int | None = None) -> Outcome:
         say(weight_table(plan))
         data = open_data(plan, say)
         trainer = _Trainer(plan, data, run, say)
-        with contextlib.closing(trainer.checkpoints):
+        with contextlib.closing(trainer.checkpoints), telling_others():
             trainer.begin(resume_from)
             return trainer.run_loop()
 
@@ -182,7 +183,11 @@ class _Trainer:
         """Several hosts must stop at the same step; they ask each other now and then, since that waits for devices."""
         if jax.process_count() == 1:
             return signals.received is not None
-        return _is_due(done, self.config.log.every) and any_process(signals.received is not None)
+        if not _is_due(done, self.config.log.every):
+            return False
+        if told := agree_max(signals.received or 0):
+            signals.received = told  # by one of them; all exit alike
+        return told > 0
 
     def _step(self, done: int, batches: Iterator[TrainBatch]) -> None:
         """Start step number ``done + 1`` and, while it runs, report the one before."""
@@ -218,7 +223,7 @@ class _Trainer:
                 "optim.peak_lr"
             )
         for text in pending.batch.bad:
-            self.monitor.event(pending.step, f"bad sample, replaced: {text}")
+            self._event(pending.step, f"bad sample, replaced: {text}")
         try:
             self.bad.add(len(pending.batch.names), pending.batch.bad)
         except TrainingStopped as error:
@@ -239,6 +244,12 @@ class _Trainer:
             raise TrainingStopped(f"{error}; its samples: {samples}; {self.checkpoints.last_good()}") from error
 
     # -- what happens between steps -------------------------------------------------------------
+
+    def _event(self, step: int, text: str) -> None:
+        """Into the log; what another process than the main one saw, it says itself."""
+        self.monitor.event(step, text)
+        if not is_main():
+            print(f"process {jax.process_index()}: step {step}: {printable(text)}", file=sys.stderr, flush=True)
 
     def _after(self, done: int) -> None:
         log, every, is_last = self.config.log, self.config.checkpoint.every, done == self.config.num_steps
@@ -272,7 +283,7 @@ class _Trainer:
                 for name, value in {**found, "weight": 1.0}.items():
                     totals[name] = totals.get(name, 0.0) + float(value) * weight
                 for text in batch.bad:
-                    self.monitor.event(done, f"bad validation sample, left out: {text}")
+                    self._event(done, f"bad validation sample, left out: {text}")
         weight = totals.pop("weight", 0.0)
         if not weight:
             raise UserError("data.validation: no sample of it can be used; `mgpt4 data validate` says why")

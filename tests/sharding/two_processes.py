@@ -11,7 +11,7 @@ import sys
 
 import numpy as np
 
-from mgpt4_jax.distributed import DistributedOptions, agree_max, any_process, barrier, initialize, is_main
+from mgpt4_jax.distributed import DistributedOptions, agree_max, barrier, initialize, is_main
 from mgpt4_jax.errors import UserError
 
 MESHES = ["", "fsdp=8", "data=2,fsdp=2,tensor=2", "data=2,tensor=4", "tensor=8", "fsdp=2,tensor=4"]
@@ -69,7 +69,6 @@ def main() -> None:
     say("uneven", refusal(process_rows, make_mesh("data=4,fsdp=2"), 12))
     say("agree", agree_max([5, 2**40 + 3][process_id]))
     say("negative", agree_max([-7, -9][process_id]))
-    say("any", [any_process(process_id == 1), any_process(False), any_process(True)])
     barrier("the end")
     say("done", True)
 
