@@ -63,8 +63,11 @@ class Checkpoints:
             preservation_policy=_Kept(config, self._losses),
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
+            # Else threads wait five minutes for a directory that could not be made, and the program with them.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         try:
+            directory.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
         except OSError as error:
             raise UserError(f"{directory}: cannot hold checkpoints ({error.strerror}); choose another --run") from error
@@ -74,7 +77,11 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Whole checkpoints, oldest first, as they lie on the disk: one that is still being written has no name."""
-        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal() and path.is_dir())
+        try:
+            paths = list(self.directory.iterdir())
+        except OSError as error:
+            raise UserError(f"{self.directory}: cannot be read ({error.strerror})") from error
+        return sorted(int(path.name) for path in paths if path.name.isdecimal() and path.is_dir())
 
     def save(self, state: TrainState, about: Mapping[str, Any], validation_loss: float | None = None) -> None:
         """Copy the state off the devices and write it in the background; waits for an earlier save first.
@@ -156,7 +163,10 @@ class Checkpoints:
 
     def close(self) -> None:
         self.wait()
-        self._manager.close()
+        try:
+            self._manager.close()
+        except Exception as error:  # of a save that failed before it began
+            raise self._failed(error) from error
 
     def _remember(self, step: int, about: Mapping[str, Any]) -> None:
         self._losses.pop(step, None)
@@ -164,7 +174,10 @@ class Checkpoints:
             self._losses[step] = loss
 
     def _newest(self) -> str:
-        steps = self.steps()
+        try:
+            steps = self.steps()
+        except UserError:
+            return "no checkpoint can be read there"
         return f"the last good checkpoint is {steps[-1]}" if steps else "there is no checkpoint yet"
 
     def _damaged(self, step: int, error: Exception) -> UserError:
@@ -174,8 +187,9 @@ class Checkpoints:
         return UserError(f"{self.directory / str(step)}: the checkpoint is damaged ({reason}); {mend}")
 
     def _failed(self, error: Exception) -> UserError:
+        reason = system_reason(error) or " ".join(str(error).split())[:200]
         return UserError(
-            f"{self.directory}: a checkpoint could not be written ({_reason(error)}); free some space and run again; "
+            f"{self.directory}: a checkpoint could not be written ({reason}); free some space and run again; "
             f"{self._newest()}"
         )
 
@@ -199,11 +213,12 @@ def _be_quiet() -> None:
     sys.unraisablehook = report
 
 
-def _reason(error: Exception) -> str:
-    """Why something could not be written: what the system says, if it is known."""
-    text = " ".join(str(error).split())
-    code = re.search(r"os_error_code='(\d+)'", text)
-    return os.strerror(int(code[1])) if code else (isinstance(error, OSError) and error.strerror) or text[:200]
+def system_reason(error: Exception) -> str | None:
+    """What the system says of a read or a write that failed, also in TensorStore's words; None: it says nothing."""
+    if isinstance(error, OSError):
+        return error.strerror
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return os.strerror(int(code[1])) if code else None
 
 
 def _seal(about: Mapping[str, Any]) -> str:

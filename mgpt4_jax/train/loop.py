@@ -20,11 +20,11 @@ from mgpt4_jax.fingerprint import fingerprint
 from mgpt4_jax.optim import learning_rate
 from mgpt4_jax.sharding import make_mesh, put_batch
 from mgpt4_jax.train.captions import SampleCaptions
-from mgpt4_jax.train.checkpoints import Checkpoints, plain
+from mgpt4_jax.train.checkpoints import Checkpoints, plain, system_reason
 from mgpt4_jax.train.curves import draw_curves
 from mgpt4_jax.train.flops import peak_flops
 from mgpt4_jax.train.monitor import LossGuard, Monitor, Speed
-from mgpt4_jax.train.run import Signals, check_unchanged, run_directory, write_config
+from mgpt4_jax.train.run import Signals, check_unchanged, require_room, run_directory, write_config
 from mgpt4_jax.train.run_log import read_log, read_losses
 from mgpt4_jax.train.screen import printable
 from mgpt4_jax.train.setup import Data, Plan, Programs, device_arrays, load_state, make_plan, open_data, weight_table
@@ -55,6 +55,7 @@ def train(config: TrainConfig, *, resume_from: int | None = None) -> Outcome:
       TrainingStopped: the loss became no number, or too many samples are bad.
     """
     run = Path(config.run)
+    require_room(run, Path(config.model))
     with run_directory(run, is_main=is_main()):
         say = _printer()
         plan = make_plan(config, make_mesh(config.mesh, all_devices=True))
@@ -318,10 +319,12 @@ class _Trainer:
             if is_main():
                 self.monitor.flush()
                 draw_curves(self.run / "log.jsonl", self.run / "curves.png")
-        except OSError as error:
+        except (OSError, ValueError) as error:  # TensorStore's are ValueErrors
+            if (reason := system_reason(error)) is None:
+                raise
             raise UserError(
-                f"{error.filename or self.run}: cannot be written ({error.strerror}); free some space and run again; "
-                f"{self.checkpoints.last_good()}"
+                f"{self.run}: the trained model and its curves cannot be written ({reason}); free some space and run "
+                f"again; {self.checkpoints.last_good()}"
             ) from error
         barrier("finished")
         where = f"the trained model is {model}, its curves {self.run / 'curves.png'}"

@@ -20,6 +20,7 @@ from typing import Any
 
 import yaml
 
+from mgpt4_jax.checkpoint import read_manifest
 from mgpt4_jax.errors import UserError
 
 LOCK = "lock"
@@ -37,6 +38,16 @@ FIXED = (
 """Settings that decide what every step sees or trains: a run goes on only with the same. Others may change, and are
 announced; what the data sets and the frozen parameters hold is told by their fingerprints, not by their paths."""
 _PLACES = ("model", "run", "data.train")
+
+
+def require_room(run: Path, model: Path) -> None:
+    """Refuse, before anything is done, a directory where the trained model could not be written at the end."""
+    out = run / "model"
+    if model.resolve() in (run.resolve(), out.resolve()):
+        raise UserError(f"{run}: is the model directory to start from, which is never changed; choose another --run")
+    is_trained = (out / "model.json").is_file() and read_manifest(out).base is not None
+    if out.exists() and not is_trained:
+        raise UserError(f"{out}: is no model that a run wrote, and in the way of this one's; choose another --run")
 
 
 @contextlib.contextmanager
