@@ -17,7 +17,8 @@ from mgpt4_jax.data.prompts import Prompt, Template, clean_answer, prepare_promp
 from mgpt4_jax.data.text import BertTokenizer, StreamDecoder, Tokenizer
 from mgpt4_jax.errors import UserError
 from mgpt4_jax.generate.beam_engine import BeamEngine, Hypothesis
-from mgpt4_jax.generate.engine import Engine, Request, check_num_images
+from mgpt4_jax.generate.engine import Engine
+from mgpt4_jax.generate.requests import Request, check_num_images
 from mgpt4_jax.generate.sampling import MAX_STOPS, SamplingParams
 from mgpt4_jax.generate.stop_texts import TokenTexts, stop_table
 from mgpt4_jax.generate.vision import ImageEncoder
@@ -215,8 +216,7 @@ class Answerer:
         if stops not in self._tables:
             while len(self._tables) >= STOP_TABLES:
                 del self._tables[next(iter(self._tables))]
-            vocab = self.engine.config.llama.vocab_size
-            self._tables[stops] = jax.device_put(stop_table(self._token_texts, stops, vocab))
+            self._tables[stops] = jax.device_put(stop_table(self._token_texts, stops, self.engine.vocab_size))
         return self._tables[stops]
 
     def stream(self, prepared: Prepared) -> Iterator[str]:

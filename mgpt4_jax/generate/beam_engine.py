@@ -1,8 +1,8 @@
-"""Beams over the language model of an engine: requests in, the best answers of each out.
+"""Beams over a language model: requests in, the best answers of each out.
 
-Requests are searched beside the engine's slots, in programs of their own: a prompt is read once, its cache is
-repeated for the beams, and the whole search runs on the device. There is one program for each count of rows (a power
-of two), length of prompts and of answers, count of pictures (``buckets``) and number of beams.
+Requests are searched in programs of their own: a prompt is read once, its cache is repeated for the beams, and the
+whole search runs on the device. There is one program for each count of rows (a power of two), length of prompts and of
+answers, count of pictures (``requests.length_buckets``) and number of beams.
 """
 
 from __future__ import annotations
@@ -14,24 +14,11 @@ from dataclasses import dataclass
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from mgpt4_jax.config import LlamaConfig
 from mgpt4_jax.errors import UserError
 from mgpt4_jax.generate.beam import BeamParams, Hypotheses, Rules, beam_search, stack_beam_params
-from mgpt4_jax.generate.decoder import Cache, decode_step, next_logits, numbers
-from mgpt4_jax.generate.engine import (
-    Engine,
-    FinishReason,
-    Prompts,
-    Request,
-    bucket,
-    grow_caches,
-    place_caches,
-    prefill_prompts,
-)
+from mgpt4_jax.generate.requests import FinishReason, Intake, Prompts, Request
 from mgpt4_jax.typing import Array, Bool, Int, Params
 
 
@@ -45,12 +32,11 @@ class Hypothesis:
 
 
 class BeamEngine:
-    """Searches with the packed weights of ``engine``, and within its limits."""
+    """Searches with the language model of ``engine``, and within its limits."""
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Intake):
         self.engine = engine
-        search = partial(_search, engine.config.llama, engine.mesh)
-        self._search = jax.jit(search, static_argnames=("num_beams", "room", "rules"))
+        self._search = jax.jit(partial(_search, engine), static_argnames=("num_beams", "room", "rules"))
 
     def rows(self, num_beams: int) -> int:
         """Requests that are searched together: their beams fill the engine's slots, as far as they fit."""
@@ -62,7 +48,7 @@ class BeamEngine:
     def check(self, request: Request) -> None:
         """Raises ``UserError`` for a request that cannot be searched."""
         self.engine.check(request)
-        beams, vocab = request.sampling.num_beams, self.engine.config.llama.vocab_size
+        beams, vocab = request.sampling.num_beams, self.engine.vocab_size
         if beams >= vocab:
             raise UserError(f"num_beams {beams} must be less than the {vocab} tokens of the vocabulary")
 
@@ -91,7 +77,7 @@ class BeamEngine:
         return found
 
     def _seen(self, rows: int, rules: Rules) -> Bool[np.ndarray, "b v"]:
-        tokens = np.arange(self.engine.config.llama.vocab_size)
+        tokens = np.arange(self.engine.vocab_size)
         is_dummy = tokens == self.engine.bos_id if rules == "transformers-4" else tokens < 0
         return np.broadcast_to(is_dummy, (rows, len(tokens)))
 
@@ -116,7 +102,7 @@ class BeamEngine:
             self.engine.stack_stops(filled),
             stop_texts,
             num_beams=sampling[0].num_beams,
-            room=bucket(self.engine.lengths, max(params.max_new_tokens for params in sampling)),
+            room=self.engine.room_behind(filled),
             rules=rules,
         )
         return hypotheses_of(found, [request.sampling.num_return_sequences for request in requests])
@@ -136,8 +122,7 @@ def hypotheses_of(found: Hypotheses, counts: Sequence[int]) -> list[list[Hypothe
 
 
 def _search(
-    config: LlamaConfig,
-    mesh: Mesh,
+    engine: Intake,
     params: Params,
     prompts: Prompts,
     seen: Bool[Array, "b v"],
@@ -150,19 +135,11 @@ def _search(
     rules: Rules,
 ) -> Hypotheses:
     """The program: prompts are read, and searched behind their own last tokens."""
-    caches, logits = prefill_prompts(config, params, prompts)
-    caches = grow_caches(caches, prompts.ids.shape[1] + room)
-    starts = jnp.repeat(prompts.lengths, num_beams)
-
-    def step(tokens: Int[Array, " r"], index: Int[Array, ""], caches: list[Cache]) -> tuple[Array, list[Cache]]:
-        embeds = numbers(params["embedding"][tokens])
-        x, caches = decode_step(config, params, embeds, starts + index, place_caches(mesh, caches))
-        return next_logits(params, x), caches
-
+    begun = engine.begin(params, prompts, num_beams, room)
     return beam_search(
-        step,
-        caches,
-        logits,
+        begun.step,
+        begun.cache,
+        begun.logits,
         beam_params,
         stops,
         num_beams=num_beams,
@@ -170,4 +147,5 @@ def _search(
         rules=rules,
         seen=seen,
         stop_texts=stop_texts,
+        row_axis=begun.row_axis,
     )

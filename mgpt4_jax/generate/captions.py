@@ -20,7 +20,7 @@ from mgpt4_jax.data.text import BertTokenizer
 from mgpt4_jax.errors import UserError
 from mgpt4_jax.generate.beam import BeamParams, Hypotheses, beam_search, stack_beam_params
 from mgpt4_jax.generate.beam_engine import Hypothesis, hypotheses_of
-from mgpt4_jax.generate.engine import STOP_SHAPE, bucket, length_buckets
+from mgpt4_jax.generate.requests import STOP_SHAPE, bucket, length_buckets
 from mgpt4_jax.generate.sampling import SamplingParams, pack_stops
 from mgpt4_jax.models import build
 from mgpt4_jax.models.masks import decode_mask

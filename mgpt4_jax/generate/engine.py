@@ -9,11 +9,10 @@ new request; ``buckets`` lists the programs. A row never sees another one: its r
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,57 +23,24 @@ from jax.sharding import PartitionSpec as P
 from mgpt4_jax.config import LlamaConfig, ModelConfig
 from mgpt4_jax.errors import UserError
 from mgpt4_jax.generate.decoder import Cache, Read, decode_step, next_logits, numbers, pack_decoder, prefill, read_tree
-from mgpt4_jax.generate.sampling import (
-    MAX_STOPS,
-    STOP_WIDTH,
-    Sampling,
-    SamplingParams,
-    ends_with_stop,
-    next_tokens,
-    pack_stops,
-    stack_sampling,
+from mgpt4_jax.generate.requests import (
+    MAX_IMAGES,
+    STOP_SHAPE,
+    Begun,
+    FinishReason,
+    Intake,
+    Prompts,
+    Request,
+    Update,
+    bucket,
 )
+from mgpt4_jax.generate.sampling import Sampling, SamplingParams, ends_with_stop, next_tokens, stack_sampling
 from mgpt4_jax.models.layers import embed_with_images
 from mgpt4_jax.models.lora import merging
 from mgpt4_jax.sharding import BATCH, make_mesh
 from mgpt4_jax.typing import Array, Bool, DType, Float, Int, Params
 
 CHUNK = 32  # most decode steps between two looks of the host
-MAX_IMAGES = 16  # pictures in one request
-MAX_EOS = 4
-STOP_SHAPE = (MAX_STOPS + MAX_EOS, STOP_WIDTH)
-
-FinishReason = Literal["stop", "length"]
-
-
-@dataclass(frozen=True)
-class Request:
-    """One prompt: token ids with image slots (-1: text, else a row of ``images``)."""
-
-    ids: Int[np.ndarray, " t"]
-    slots: Int[np.ndarray, " t"]
-    images: Float[np.ndarray, "s d"] | None
-    sampling: SamplingParams
-    watch: Callable[[list[int]], bool] | None = None
-    """Gets the new ids of each chunk and returns True to stop the row (texts that stop an answer)."""
-
-
-class Prompts(NamedTuple):
-    """Right-padded prompts, as a device gets them."""
-
-    ids: Int[Array, "b t"]
-    slots: Int[Array, "b t"]
-    images: Float[Array, "b s d"] | None
-    lengths: Int[Array, " b"]
-
-
-@dataclass(frozen=True)
-class Update:
-    """What a request gained in a chunk. ``ids`` hold the token or sequence that stopped it, too."""
-
-    index: int  # of the request
-    ids: list[int]
-    finish_reason: FinishReason | None = None
 
 
 class Rows(NamedTuple):
@@ -102,7 +68,7 @@ class _Answering:
     request: Request
 
 
-class Engine:
+class Engine(Intake):
     """Runs requests with the language model of ``params``, the tree of a model or a function that reads it.
 
     ``slots`` (a power of two) rows are decoded together; a prompt and its answer fit in ``max_length``. LoRA
@@ -123,17 +89,12 @@ class Engine:
     ):
         if config.llama is None:
             raise UserError(f"a model of architecture {config.architecture} has no language model to answer with")
-        if slots < 1 or slots & (slots - 1):
-            raise UserError(f"slots must be a power of two, got {slots}")
-        if len(eos_ids) > MAX_EOS:
-            raise UserError(f"{len(eos_ids)} end-of-sequence ids; at most {MAX_EOS} are supported")
+        limit = config.llama.max_positions
+        super().__init__(config, dtype, slots, min(max_length or limit, limit), eos_ids, bos_id)
         mesh = mesh or make_mesh()
         read = params if callable(params) else read_tree(params["llama"])
-        self.config, self.dtype, self.slots, self.mesh = config, dtype, slots, mesh
-        self.eos_ids, self.bos_id = eos_ids, bos_id
+        self.mesh = mesh
         self.params = pack_decoder(config.llama, merging(config.llama.lora, read), dtype, mesh)
-        self.max_length = min(max_length or config.llama.max_positions, config.llama.max_positions)
-        self.lengths = length_buckets(self.max_length)
         llama, place = config.llama, partial(_place, mesh)
         self._empty = jax.jit(partial(_empty, llama, dtype, place), static_argnums=(0, 1))
         self._grow = jax.jit(partial(_grow, place), static_argnums=1)
@@ -161,24 +122,6 @@ class Engine:
         """Programs that exist now."""
         programs = (self._empty, self._grow, self._prefill, self._first, self._insert, self._decode)
         return sum(program._cache_size() for program in programs)
-
-    def check(self, request: Request) -> None:
-        """Raises ``UserError`` for a request that cannot be run."""
-        length, new = len(request.ids), request.sampling.max_new_tokens
-        if length == 0:
-            raise UserError("the prompt is empty")
-        check_num_images(self._num_images(request))
-        if length + new > self.max_length:
-            raise UserError(
-                f"the prompt has {length} tokens and max_new_tokens is {new}: together they exceed the context of "
-                f"{self.max_length}; shorten the prompt, or ask for at most {max(self.max_length - length, 0)}"
-            )
-        vocab = self.config.llama.vocab_size
-        if max(itertools.chain(*request.sampling.stop_ids), default=0) >= vocab:
-            raise UserError(f"stop_ids: the vocabulary has {vocab} tokens")
-
-    def _num_images(self, request: Request) -> int:
-        return 0 if request.images is None else -(-len(request.images) // self.config.tokens_per_image)
 
     def _room(self, request: Request) -> int:
         return bucket(self.lengths, len(request.ids) + request.sampling.max_new_tokens)
@@ -225,7 +168,7 @@ class Engine:
         """Slots to prefill together: one padded length and count of pictures, a power of two of rows."""
         shapes: dict[tuple[int, int], list[int]] = {}
         for slot, answer in placed.items():
-            shape = (bucket(self.lengths, len(answer.request.ids)), self._image_bucket(answer.request))
+            shape = (bucket(self.lengths, len(answer.request.ids)), self.image_bucket(answer.request))
             shapes.setdefault(shape, []).append(slot)
         groups = []
         for slots in shapes.values():
@@ -235,9 +178,6 @@ class Engine:
                 slots = slots[size:]
         return groups
 
-    def _image_bucket(self, request: Request) -> int:
-        return 1 << max(self._num_images(request) - 1, 0).bit_length()
-
     def _start(self, state: State, targets: list[int], requests: list[Request]) -> tuple[State, Any]:
         """Prefill requests of one shape, choose their first tokens and put them into the slots ``targets``."""
         prompts = self.stack_prompts(requests)
@@ -246,24 +186,17 @@ class Engine:
         rows, emitted = self._first(logits, prompts.lengths, self.stack_stops(requests), sampling)
         return self._insert(state, caches, rows, np.array(targets, np.int32)), emitted
 
-    def stack_prompts(self, requests: list[Request]) -> Prompts:
-        """Host arrays of several requests, as long and with as many pictures as the bucket of the largest has."""
-        length = bucket(self.lengths, max(len(request.ids) for request in requests))
-        ids = np.stack([_pad(request.ids, length, 0) for request in requests])
-        slots = np.stack([_pad(request.slots, length, -1) for request in requests])
-        images = None
-        if self.config.vit is not None:
-            rows = max(map(self._image_bucket, requests)) * self.config.tokens_per_image
-            images = np.zeros((len(requests), rows, self.config.llama.hidden_size), self.dtype)
-            for row, request in enumerate(requests):
-                if request.images is not None:
-                    images[row, : len(request.images)] = request.images
-        return Prompts(ids, slots, images, np.array([len(request.ids) for request in requests], np.int32))
+    def begin(self, params: Params, prompts: Prompts, num_beams: int, room: int) -> Begun:
+        config = self.config.llama
+        caches, logits = prefill_prompts(config, params, prompts)
+        starts = jnp.repeat(prompts.lengths, num_beams)
 
-    def stack_stops(self, requests: list[Request]) -> Int[np.ndarray, "b k w"]:
-        """What ends each request: its own sequences and the ends of sequence."""
-        stops = [(*request.sampling.stop_ids, *((eos,) for eos in self.eos_ids)) for request in requests]
-        return pack_stops(stops, *STOP_SHAPE)
+        def step(tokens: Int[Array, " r"], index: Int[Array, ""], caches: list[Cache]) -> tuple[Array, list[Cache]]:
+            embeds = numbers(params["embedding"][tokens])
+            x, caches = decode_step(config, params, embeds, starts + index, place_caches(self.mesh, caches))
+            return next_logits(params, x), caches
+
+        return Begun(step, grow_caches(caches, prompts.ids.shape[1] + room), logits)
 
     def _settle(
         self, answering: dict[int, _Answering], cancelled: np.ndarray, slots: Iterable[int], emitted: Any
@@ -424,28 +357,5 @@ def _advance(rows: Rows, logits: Float[Array, "b v"]) -> tuple[Rows, Int[Array, 
     return rows, jnp.where(active, token, -1)
 
 
-# -- sizes ------------------------------------------------------------------------------------------
-
-
-def check_num_images(count: int) -> None:
-    if count > MAX_IMAGES:
-        raise UserError(f"{count} pictures in one prompt; at most {MAX_IMAGES} are supported")
-
-
-def length_buckets(max_length: int) -> list[int]:
-    """32, 64, 128, ... and ``max_length``: the lengths that prompts and caches are padded to."""
-    powers = [32 << i for i in range(max(0, math.ceil(math.log2(max_length / 32))))]
-    return [*powers, max_length]
-
-
 def _powers(limit: int) -> list[int]:
     return [1 << i for i in range(limit.bit_length())]
-
-
-def bucket(lengths: list[int], size: int) -> int:
-    """The smallest of the ``lengths`` that ``size`` fits."""
-    return next(length for length in lengths if length >= size)
-
-
-def _pad(values: np.ndarray, length: int, filler: int) -> np.ndarray:
-    return np.concatenate([values, np.full(length - len(values), filler, np.int32)]).astype(np.int32)

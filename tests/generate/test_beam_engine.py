@@ -10,7 +10,8 @@ import pytest
 
 from mgpt4_jax.errors import UserError
 from mgpt4_jax.generate.beam_engine import BeamEngine, Hypothesis
-from mgpt4_jax.generate.engine import Engine, Request
+from mgpt4_jax.generate.engine import Engine
+from mgpt4_jax.generate.requests import Request
 from mgpt4_jax.generate.sampling import sampling_params
 from tests.generate.conftest import make_engine
 from tests.tiny import LLAMA, MINIGPT4
@@ -121,9 +122,8 @@ def test_impossible_requests_are_refused(
 
 
 def test_there_are_more_words_than_beams(params: Any, rng: np.random.Generator) -> None:
-    config = dataclasses.replace(LLAMA, vocab_size=32)
     engine = Engine.__new__(Engine)  # only its sizes are asked for
-    engine.config, engine.max_length = dataclasses.replace(MINIGPT4, llama=config), 64
+    engine.config, engine.max_length, engine.vocab_size = MINIGPT4, 64, 32
     searcher = BeamEngine.__new__(BeamEngine)
     searcher.engine = engine
     request = dataclasses.replace(prompt(rng, 5), sampling=sampling_params({"num_beams": 32, "max_new_tokens": 5}))

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from mgpt4_jax.errors import UserError
-from mgpt4_jax.generate.engine import Engine, Request, Update, length_buckets
+from mgpt4_jax.generate.engine import Engine
+from mgpt4_jax.generate.requests import Request, Update, length_buckets
 from mgpt4_jax.generate.sampling import sampling_params
 from mgpt4_jax.models import build
 from tests.generate.conftest import make_engine

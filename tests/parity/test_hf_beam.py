@@ -1,4 +1,7 @@
-"""Beams of ``transformers`` 5: ids, scores and order, of prompts of unequal lengths, given as ids and as embeddings."""
+"""Beams of ``transformers`` 5: ids, scores and order, of prompts of unequal lengths.
+
+LLaMA and OPT read them before their answers, given as ids or as embeddings; T5 reads them with its encoder.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_hf import LLAMA
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_hf import LLAMA, OPT, T5
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from mgpt4_jax.generate.beam_engine import BeamEngine, Hypothesis
-from mgpt4_jax.generate.engine import Engine, Request
+from mgpt4_jax.generate.engine import Engine
+from mgpt4_jax.generate.language import LanguageEngine
+from mgpt4_jax.generate.requests import Request
 from mgpt4_jax.generate.sampling import sampling_params
 
 BEAMS, NEW = 5, 12
-EOS = (22, 60, 7)
+VOCAB = LLAMA["vocab_size"]
+EOS = {"llama": (22, 60, 7), "opt": (58, 59, 26), "t5": (70, 14, 3)}
 LENGTHS = (105, 21, 64)
 GAP = 2e-5  # between what is kept and what is dropped; float32 sums differ by some 1e-6
 CASES = {
@@ -31,14 +44,25 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module")
-def pair(convert_model):
-    return convert_model(LlamaForCausalLM(LlamaConfig(**LLAMA | {"eos_token_id": list(EOS)})))
+@pytest.fixture(params=["llama", "opt", "t5"], scope="module")
+def pair(request, convert_model):
+    ends = {"eos_token_id": list(EOS[request.param])}
+    if request.param == "llama":
+        return convert_model(LlamaForCausalLM(LlamaConfig(**LLAMA | ends)))
+    if request.param == "opt":
+        return convert_model(OPTForCausalLM(OPTConfig(**OPT | ends)))
+    # as many layers on both sides: the cache of transformers 5.23 has places for the encoder's
+    model = T5ForConditionalGeneration(T5Config(**T5 | ends | {"num_decoder_layers": 2}))
+    model.lm_head.weight = torch.nn.Parameter(torch.zeros(VOCAB, T5["d_model"]))  # transformers 5 ties it otherwise
+    return convert_model(model)
 
 
 @pytest.fixture(scope="module")
 def beams(pair) -> BeamEngine:
-    return BeamEngine(Engine(pair.config, pair.params, slots=32, eos_ids=EOS))
+    config, params, ends = pair.config, pair.params, {"slots": 32, "eos_ids": EOS[pair.config.architecture]}
+    return BeamEngine(
+        Engine(config, params, **ends) if config.llama is not None else LanguageEngine(config, params, **ends, bos_id=0)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +71,10 @@ def prompts() -> list[np.ndarray]:
     return [rng.integers(60, LLAMA["vocab_size"], length).astype(np.int32) for length in LENGTHS]
 
 
-def generate(model: Any, options: dict[str, Any], **inputs: Any) -> list[list[Hypothesis]]:
+def generate(pair: Any, options: dict[str, Any], **inputs: Any) -> list[list[Hypothesis]]:
     """The answers of transformers; fails where a choice between two continuations was a matter of rounding."""
-    found = model.generate(
+    ends = EOS[pair.config.architecture]
+    found = pair.torch.generate(
         **inputs,
         **options,
         max_new_tokens=NEW,
@@ -58,24 +83,24 @@ def generate(model: Any, options: dict[str, Any], **inputs: Any) -> list[list[Hy
         return_dict_in_generate=True,
         output_scores=True,
     )
-    assert_no_ties(torch.stack(found.scores).numpy().reshape(len(found.scores), -1, BEAMS, LLAMA["vocab_size"]))
-    new = found.sequences[:, inputs["input_ids"].shape[1] if "input_ids" in inputs else 0 :]
+    assert_no_ties(torch.stack(found.scores).numpy().reshape(len(found.scores), -1, BEAMS, VOCAB), ends)
+    before = 1 if pair.config.t5 is not None else inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
     answers = []
-    for ids, score in zip(new.tolist(), found.sequences_scores.tolist(), strict=True):
-        end = next((place + 1 for place, token in enumerate(ids) if token in EOS), len(ids))
-        answers.append(Hypothesis(ids[:end], score, "stop" if ids[end - 1] in EOS else "length"))
+    for ids, score in zip(found.sequences[:, before:].tolist(), found.sequences_scores.tolist(), strict=True):
+        end = next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))
+        answers.append(Hypothesis(ids[:end], score, "stop" if ids[end - 1] in ends else "length"))
     count = options.get("num_return_sequences", 1)
     return [answers[start : start + count] for start in range(0, len(answers), count)]
 
 
-def assert_no_ties(steps: np.ndarray) -> None:
+def assert_no_ties(steps: np.ndarray, ends: tuple[int, ...]) -> None:
     """Replays a search from its log-probabilities [t b n v]: what is kept is better than what is dropped."""
     running = np.full(steps.shape[1:3], -1e9)
     running[:, 0] = 0
     for logs in steps.astype(np.float64):
         for row, totals in enumerate((running[:, :, None] + logs).reshape(len(running), -1)):
             order = np.argsort(-totals)
-            going = order[~np.isin(order % steps.shape[-1], EOS)]
+            going = order[~np.isin(order % VOCAB, ends)]
             for kept in (order, going):
                 assert totals[kept[BEAMS - 1]] - totals[kept[BEAMS]] > GAP
             running[row] = totals[going[:BEAMS]]
@@ -96,33 +121,26 @@ def assert_same(ours: list[list[Hypothesis]], theirs: list[list[Hypothesis]]) ->
 
 @pytest.mark.parametrize("name", CASES)
 def test_prompts_as_ids(pair, beams, prompts, name):
-    padded = np.stack([np.pad(ids, (max(LENGTHS) - len(ids), 0)) for ids in prompts])
-    seen = np.stack([np.isin(np.arange(LLAMA["vocab_size"]), ids) for ids in prompts])
+    is_t5 = pair.config.t5 is not None
+    sides = [((0, n) if is_t5 else (n, 0)) for n in (max(LENGTHS) - len(ids) for ids in prompts)]
+    padded = np.stack([np.pad(ids, side) for ids, side in zip(prompts, sides, strict=True)])
     inputs = {"input_ids": torch.from_numpy(padded).long(), "attention_mask": torch.from_numpy(padded > 0).long()}
-    theirs = generate(pair.torch, CASES[name], **inputs)
+    theirs = generate(pair, CASES[name], **inputs)
+    before = [[0] if is_t5 else ids for ids in prompts]  # what the penalty weighs from the start
+    seen = np.stack([np.isin(np.arange(VOCAB), ids) for ids in before])
     ours = beams.run(requests_of(prompts, CASES[name]), rules="transformers-5", seen=seen)
     assert_same(ours, theirs)
 
 
-@pytest.mark.parametrize("name", ["plain", "n_best"])
+@pytest.mark.parametrize("name", ["plain", "n_best", "penalised"])
 def test_prompts_as_embeddings(pair, beams, prompts, name):
-    embeds = pair.torch.model.embed_tokens.weight.detach()
-    padded = torch.zeros(len(prompts), max(LENGTHS), embeds.shape[1])
-    for row, ids in enumerate(prompts):
-        padded[row, -len(ids) :] = embeds[torch.from_numpy(ids).long()]
-    valid = torch.tensor([[place >= max(LENGTHS) - size for place in range(max(LENGTHS))] for size in LENGTHS])
-    theirs = generate(pair.torch, CASES[name], inputs_embeds=padded, attention_mask=valid.long())
-    assert_same(beams.run(requests_of(prompts, CASES[name]), rules="transformers-5"), theirs)
-
-
-def test_embeddings_are_not_penalised(pair, beams, prompts):
-    """One by one: in a batch transformers 5.23 spares as many new tokens as the row has padding."""
-    embeds = pair.torch.model.embed_tokens.weight.detach()
-    theirs = []
+    """No prompt is penalised. One by one: of a batch transformers 5.23 spares as many new tokens as there is padding."""
+    embed, theirs = pair.torch.get_input_embeddings(), []
     for ids in prompts:
-        given = {"inputs_embeds": embeds[torch.from_numpy(ids).long()][None]}
-        theirs += generate(pair.torch, CASES["penalised"], **given, attention_mask=torch.ones(1, len(ids)).long())
-    assert_same(beams.run(requests_of(prompts, CASES["penalised"]), rules="transformers-5"), theirs)
+        given = {"inputs_embeds": embed(torch.from_numpy(ids).long())[None].detach()}
+        theirs += generate(pair, CASES[name], **given, attention_mask=torch.ones(1, len(ids)).long())
+    seen = np.broadcast_to(np.arange(VOCAB) == 0, (len(prompts), VOCAB)) if pair.config.t5 is not None else None
+    assert_same(beams.run(requests_of(prompts, CASES[name]), rules="transformers-5", seen=seen), theirs)
 
 
 def test_the_cases_end_in_every_way(pair, beams, prompts):
@@ -134,6 +152,6 @@ def test_the_cases_end_in_every_way(pair, beams, prompts):
         for answer in row
     ]
     assert {answer.finish_reason for answer in found} == {"stop", "length"}
-    assert len({len(answer.ids) for answer in found}) > 3
-    assert len({answer.ids[-1] for answer in found} & set(EOS)) > 1
+    assert len({len(answer.ids) for answer in found}) > 2
+    assert len({answer.ids[-1] for answer in found} & set(EOS[pair.config.architecture])) > 1
     assert beams.num_compiled() == 1
