@@ -26,6 +26,21 @@ _CONTEXT: Any = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload([__name__, "mgpt4_jax.train.loop", "transformers", "matplotlib.pyplot"])
 
 
+def in_child(function: Callable[..., None], *arguments: Any) -> float:
+    """Call ``function`` of a module in a process of its own, which must end well: the seconds until its end."""
+    process = _CONTEXT.Process(target=_quietly, args=(function, *arguments))
+    begin = time.monotonic()
+    process.start()
+    process.join(LIMIT)
+    assert process.exitcode == 0
+    return time.monotonic() - begin
+
+
+def _quietly(function: Callable[..., None], *arguments: Any) -> None:
+    jax.config.update("jax_num_cpu_devices", 1)
+    function(*arguments)
+
+
 class Attempt:
     """``mgpt4 train``, running. What it says on stderr goes to ``screen``."""
 
