@@ -255,6 +255,7 @@ OTHERS = {
     "opt_350m": lambda: tiny_opt(word_embed_proj_dim=20, do_layer_norm_before=False),
     "t5": lambda: tiny_t5(own_head=False, feed_forward_proj="relu", tie_word_embeddings=True),
     "flan_t5": lambda: tiny_t5(own_head=True),
+    "flan_t5_as_lavis": lambda: tiny_t5(own_head=True, dense_act_fn="gelu"),
     "t5_tied_unscaled": lambda: tiny_t5(own_head=False),
 }
 
@@ -274,6 +275,7 @@ def test_opt_and_t5(tmp_path, name, option):
     again, info = type(model).from_pretrained(tmp_path / "back", output_loading_info=True)
     assert not any(info.values()), info
     assert torch.equal(again.eval()(**inputs).logits, model(**inputs).logits)
+    assert convert(from_dir=tmp_path / "back", out=tmp_path / "again").config == report.config
     with pytest.raises(UserError, match="is a language model alone"):
         export(tmp_path / "model", format="lavis", out=tmp_path / "lavis")
 
@@ -392,6 +394,7 @@ def test_hugging_face_directories(tmp_path, name, architecture):
     for (key, ours), (_, theirs) in zip(again.state_dict().items(), model.state_dict().items(), strict=True):
         assert torch.equal(ours, theirs), key
     assert again.config.qformer_config.num_attention_heads == 4
+    assert convert(from_dir=tmp_path / "back", out=tmp_path / "again").config == report.config
 
 
 def test_a_key_bias_of_its_own_is_refused(tmp_path):
