@@ -22,7 +22,10 @@ MAX_CONTEXT_LENGTH = 3800
 
 @dataclass(frozen=True, eq=False)
 class TrainingSequence:
-    """One unpadded row. ``targets[t]`` is the token *at* position t: losses shift by one."""
+    """One unpadded row. ``targets[t]`` is the token *at* position t: losses shift by one.
+
+    Of an encoder and a decoder the targets are the decoder's, and have a length of their own.
+    """
 
     ids: np.ndarray  # int32 [t]
     slots: np.ndarray  # int32 [t]; -1 for text
@@ -30,7 +33,7 @@ class TrainingSequence:
     targets: np.ndarray  # int32 [t]; IGNORED where nothing is predicted
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return max(len(self.ids), len(self.targets))
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +134,8 @@ def pad_sequences(
     batch = _empty_batch(rows, length, pad_id, batch_size)
     for i, row in enumerate(rows):
         for field in ("ids", "slots", "mask", "targets"):
-            getattr(batch, field)[i, : len(row)] = getattr(row, field)
+            values = getattr(row, field)
+            getattr(batch, field)[i, : len(values)] = values
     return batch
 
 

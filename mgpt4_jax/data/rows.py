@@ -92,7 +92,7 @@ class RowBuilder:
 
     def filling_row(self) -> TrainingSequence:
         """It begins as every row does."""
-        return _lone(self.tokenizer.bos_id)
+        return lone_row(self.tokenizer.bos_id)
 
     def draw_instruction(self, rng: np.random.Generator) -> str | None:
         """The one instruction of a batch, as MiniGPT-4's ``random.choice`` draws it; None: it has none."""
@@ -108,15 +108,10 @@ class RowBuilder:
           UserError: the sample has nothing to predict, is not text, is longer than ``text.max_length``, or its
             instruction shows more pictures than there are.
         """
-        answer = sample.answer
-        if self.clean_captions and sample.instruction is None and isinstance(answer, str):
-            answer = clean_caption(answer)
-        if isinstance(answer, str) and not answer.strip():
-            raise UserError("the caption is empty" + (" once it is cleaned" if sample.answer.strip() else ""))
         row = training_sequence(
             self.tokenizer,
             self._condition(sample, drawn),
-            answer,
+            words_of(sample, self.clean_captions),
             end_symbol=self.text.end_symbol,
             max_text_length=self.text.max_text_length,
             tokens_per_image=self.tokens_per_image,
@@ -172,7 +167,7 @@ class PairBuilder:
         return ["pairs", self.clean_captions]
 
     def filling_row(self) -> TrainingSequence:
-        return _lone(self.tokenizer.cls_id)
+        return lone_row(self.tokenizer.cls_id)
 
     def draw_instruction(self, rng: np.random.Generator) -> str | None:
         return None
@@ -181,15 +176,24 @@ class PairBuilder:
         """The caption, which loses its end beyond ``max_text_length`` tokens; its pieces are all predicted."""
         if sample.image is None:
             raise UserError("there is no picture, and a pair is a picture and its caption")
-        words = clean_caption(sample.answer) if self.clean_captions else sample.answer
-        if not words.strip():
-            raise UserError("the caption is empty" + (" once it is cleaned" if sample.answer.strip() else ""))
+        words = words_of(sample, self.clean_captions)
         ids = np.array(self.tokenizer.encode(words, max_length=self.text.max_text_length), np.int32)
         targets = np.concatenate([[IGNORED], ids[1:]]).astype(np.int32)
         return TrainingSequence(ids, np.full(len(ids), -1, np.int32), np.ones(len(ids), bool), targets)
 
 
-def _lone(first_id: int) -> TrainingSequence:
+def words_of(sample: Sample, clean: bool) -> str:
+    """The answer as it is trained on: cleaned if asked to, but for an answer to an instruction of the sample's own."""
+    answer = sample.answer
+    if not isinstance(answer, str):
+        raise UserError(f"a caption must be text, got {type(answer).__name__}: {str(answer)[:60]!r}")
+    words = clean_caption(answer) if clean and sample.instruction is None else answer
+    if not words.strip():
+        raise UserError("the caption is empty" + (" once it is cleaned" if answer.strip() else ""))
+    return words
+
+
+def lone_row(first_id: int) -> TrainingSequence:
     """One position that attends to itself, so that nothing turns into NaN, and predicts nothing."""
     return TrainingSequence(
         ids=np.array([first_id], np.int32),
