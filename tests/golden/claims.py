@@ -35,7 +35,7 @@ STAGE1 = (
     "config.temp",
 )
 SPECIAL_IDS = ("config.bos", "config.eos", "config.pad_token_id", "config.dec_token_id")
-RETRIEVAL = ("score_i2t", "score_t2i")
+RETRIEVAL = ("score_i2t", "score_t2i", "config.metrics")
 # Of a MiniGPT-4 training batch, recorded as "<batch>_<field>".
 TRAINING_FIELDS = (
     "inputs_embeds",

@@ -17,13 +17,14 @@ from comparing import LOSS, Compare
 from conversion import Converted
 
 from mgpt4_jax.data.text import load_bert_tokenizer
+from mgpt4_jax.evaluate.metrics import recalls
+from mgpt4_jax.evaluate.retrieval import Retriever, best_pairs, rerank
 from mgpt4_jax.losses import IGNORED, caption_loss
 from mgpt4_jax.models import build
 from mgpt4_jax.models.masks import bidirectional_mask, padding_mask
 from mgpt4_jax.typing import Array
 
 LABEL_SMOOTHING = 0.1  # of BLIP-2's caption loss
-OUTSIDE = -100.0  # score of a pair that was not matched again
 
 
 def run_stage1(converted: Converted) -> dict[str, Any]:
@@ -97,28 +98,20 @@ def caption_logits(model: nn.Module, pixels: Array, ids: Array, valid: Array) ->
     return model.caption_logits(model.image_features(pixels, room=ids.shape[1]).cache, ids, valid)
 
 
-def run_retrieval(converted: Converted) -> dict[str, np.ndarray]:
-    """Similarities of all pairs; the best of each row are matched and their logit is added."""
-    case, model = converted.case, build(converted.config)
-    ids, valid = jnp.asarray(case.inputs["text_ids"]), case.inputs["text_mask"] > 0
-    count = (len(case.inputs["image"]), len(ids))
-    images, texts = (index.ravel() for index in np.indices(count))
-
-    def scores(module: nn.Module) -> tuple[Array, Array]:
-        image = module.image_features(case.pixels())
-        similarity = module.similarity(image.embeds, module.text_features(ids, valid)[:, 0])
-        return similarity, module.match_logits(image.tokens[images], ids[texts], valid[texts])[:, 1].reshape(count)
-
-    similarity, matched = jax.jit(lambda params: model.apply({"params": params}, method=scores))(converted.params)
-    similarity, matched, k = np.asarray(similarity), np.asarray(matched), case.config["k_test"]
-    return {"score_i2t": reranked(similarity, matched, k), "score_t2i": reranked(similarity.T, matched.T, k)}
-
-
-def reranked(similarity: np.ndarray, matched: np.ndarray, k: int) -> np.ndarray:
-    best = np.argsort(-similarity, axis=1, kind="stable")[:, :k]
-    scores = np.full_like(similarity, OUTSIDE)
-    np.put_along_axis(scores, best, np.take_along_axis(similarity + matched, best, axis=1), axis=1)
-    return scores
+def run_retrieval(converted: Converted) -> dict[str, Any]:
+    """As ``mgpt4 eval`` does: similarities of all pairs; the best of each row are matched and their logit is added."""
+    case, config = converted.case, converted.case.config
+    tokenizer = load_bert_tokenizer(converted.model_dir / "qformer_tokenizer")
+    retriever = Retriever(converted.config, converted.params, tokenizer)
+    features = retriever.features_of_pixels(case.pixels(), config["texts"])
+    np.testing.assert_array_equal(features.ids, case.inputs["text_ids"])
+    np.testing.assert_array_equal(features.valid, case.inputs["text_mask"])
+    pairs = best_pairs(features.similarity, config["k_test"])
+    scores = rerank(features.similarity, pairs, retriever.match(features, pairs), config["k_test"])
+    texts_of = [config["img2txt"][str(image)] for image in range(len(scores[0]))]
+    image_of = [config["txt2img"][str(text)] for text in range(len(scores[1]))]
+    metrics = recalls(*scores, texts_of, image_of)
+    return {"score_i2t": scores[0], "score_t2i": scores[1], "config.metrics": metrics}
 
 
 @pytest.fixture(scope="module")
@@ -146,4 +139,8 @@ def test_stage1(case: Case, quantity: str, stage1: Any, compare: Compare) -> Non
 
 @pytest.mark.parametrize(("case", "quantity"), recorded("blip2_retrieval", *RETRIEVAL))
 def test_retrieval(case: Case, quantity: str, retrieval: Any, compare: Compare) -> None:
-    compare.close(retrieval(case)[quantity], case.outputs[quantity])
+    actual = retrieval(case)[quantity]
+    if quantity == "config.metrics":
+        assert actual == pytest.approx(case.config["metrics"], rel=1e-12)
+    else:
+        compare.close(actual, case.outputs[quantity])

@@ -9,13 +9,11 @@ from __future__ import annotations
 from cases import Case, is_claimed
 
 ANSWERS = "answers of BLIP-2 on OPT and FlanT5"
-EVALUATION = "evaluation"
 NOT_RECORDED = "nothing: the answers that were ranked are not recorded"
 
 UNSERVED = {
     "blip2_opt": {"gen_*": ANSWERS, "vqa_*": ANSWERS},
     "blip2_t5": {"gen_*": ANSWERS, "vqa_*": ANSWERS},
-    "blip2_retrieval": {"config.metrics": EVALUATION},
     "minigpt4": {"config.multi_select_ranks": NOT_RECORDED},
 }
 
