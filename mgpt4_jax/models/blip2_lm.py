@@ -89,13 +89,14 @@ class Blip2Opt(PictureReader):
         pixels: Float[Array, "b i H W 3"] | None,
         valid: Bool[Array, "b t"] | None = None,
         *,
+        read: Int[Array, "b r"] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "b t v"]:
-        """Float32 logits of whole sequences with ``i`` pictures a row, as ``MiniGPT4`` gives them.
+        """Float32 logits of whole sequences with ``i`` pictures a row, or of their places ``read`` alone.
 
-        ``deterministic=False`` drops out in the Q-Former and takes a "dropout" key.
+        As ``MiniGPT4`` gives them. ``deterministic=False`` drops out in the Q-Former and takes a "dropout" key.
         """
-        return self.language(self.read(ids, slots, pixels, deterministic=deterministic), valid)
+        return self.language(self.read(ids, slots, pixels, deterministic=deterministic), valid, read=read)
 
 
 class Blip2T5(PictureReader):

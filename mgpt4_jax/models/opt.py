@@ -120,14 +120,23 @@ class Opt(nn.Module):
         """Token embeddings, of width ``embed_size``; ``__call__`` adds the positions."""
         return self.embed_tokens(ids)
 
-    def __call__(self, embeds: Float[Array, "b t d"], valid: Bool[Array, "b t"] | None = None) -> Float[Array, "b t v"]:
+    def __call__(
+        self,
+        embeds: Float[Array, "b t d"],
+        valid: Bool[Array, "b t"] | None = None,
+        *,
+        read: Int[Array, "b r"] | None = None,
+    ) -> Float[Array, "b t v"]:
         """Float32 logits of a whole sequence; ``valid`` marks tokens that are not padding, wherever it stands.
 
-        Positions count the valid tokens before each one.
+        Positions count the valid tokens before each one. ``read`` names the places of each row whose logits are
+        wanted; the result is [b r v] then.
         """
         valid = jnp.ones(embeds.shape[:2], bool) if valid is None else valid.astype(bool)
         mask = causal_mask(embeds.shape[1]) & padding_mask(valid)
         x, _ = self.states(embeds, text_positions(valid), mask)
+        if read is not None:
+            x = jnp.take_along_axis(x, read[..., None], axis=1)
         return self.logits(x)
 
     @nn.compact

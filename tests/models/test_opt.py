@@ -123,6 +123,14 @@ def test_a_cache_beyond_the_models_positions_is_refused(model, embeds):
             prefill(params, config, embeds, _valid("none"), capacity)
 
 
+def test_logits_of_some_places_are_those_of_the_whole(model, embeds):
+    config, params = model
+    read = jnp.array([[109, 3, 3], [0, 50, 108]])
+    some = jax.jit(lambda embeds: Opt(config).apply({"params": params}, embeds, read=read))(embeds)
+    whole = _logits(config, params, embeds)
+    np.testing.assert_allclose(some, np.take_along_axis(np.asarray(whole), np.asarray(read)[..., None], 1), **TOLERANCE)
+
+
 def test_padding_gets_no_gradient(model, embeds):
     config, params = model
     valid = _valid("left")
