@@ -23,12 +23,25 @@ def token_losses(
 def _cross_entropies(
     logits: Float[Array, "b t v"], targets: Int[Array, "b t"], label_smoothing: float
 ) -> tuple[Float[Array, "b t"], Bool[Array, "b t"]]:
-    """Of each position and its own target."""
-    log_probabilities = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    """Of each position and its own target; the log-probabilities, an array as large as the logits, are never made."""
+    logits = logits.astype(jnp.float32)
+    logits -= jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
     counted = targets != IGNORED
-    picked = jnp.take_along_axis(log_probabilities, jnp.where(counted, targets, 0)[..., None], axis=-1)[..., 0]
-    losses = -(1 - label_smoothing) * picked - label_smoothing * log_probabilities.mean(axis=-1)
-    return jnp.where(counted, losses, 0.0), counted
+    expected = jnp.take_along_axis(logits, jnp.where(counted, targets, 0)[..., None], axis=-1)[..., 0]
+    if label_smoothing:
+        expected = (1 - label_smoothing) * expected + label_smoothing * logits.mean(axis=-1)
+    return jnp.where(counted, jnp.log(jnp.exp(logits).sum(axis=-1)) - expected, 0.0), counted
+
+
+def counted_positions(targets: Int[Array, "b t"], most: int) -> tuple[Int[Array, "b r"], Int[Array, "b r"]]:
+    """The positions that predict a target that counts, in order, and these targets: ``answer_loss`` takes both.
+
+    ``r`` is ``most``, or ``t - 1`` if that is less. A row with fewer is filled up with positions whose targets are
+    ignored; of a row with more the last are left out.
+    """
+    following = targets[:, 1:]
+    positions = jnp.argsort(following == IGNORED, axis=1, stable=True)[:, :most]
+    return positions, jnp.take_along_axis(following, positions, axis=1)
 
 
 def caption_loss(
@@ -41,9 +54,9 @@ def caption_loss(
 def answer_loss(
     logits: Float[Array, "b t v"], targets: Int[Array, "b t"], *, label_smoothing: float = 0.0
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
-    """``caption_loss`` of a decoder that reads its targets one place later (``T5ForConditionalGeneration``).
+    """``caption_loss`` where position ``i`` predicts target ``i``.
 
-    Position ``i`` predicts target ``i``.
+    So does a decoder that reads its targets one place later (``T5ForConditionalGeneration``).
     """
     return _mean(*_cross_entropies(logits, targets, label_smoothing))
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from mgpt4_jax.losses import IGNORED, answer_loss, caption_loss, token_losses
+from mgpt4_jax.losses import IGNORED, answer_loss, caption_loss, counted_positions, token_losses
 
 
 @pytest.fixture
@@ -50,6 +50,22 @@ def test_an_answer_is_predicted_where_it_stands(batch, smoothing):
     np.testing.assert_allclose(loss, expected.item(), rtol=1e-6)
     np.testing.assert_allclose(gradient, theirs.grad.numpy(), atol=1e-7)
     assert metrics["num_tokens"] == (targets != IGNORED).sum()
+
+
+def test_the_positions_that_count_give_the_same_loss(batch):
+    logits, targets = batch
+    positions, read = counted_positions(targets, 7)  # the fullest row has seven
+    assert positions.shape == read.shape == (3, 7)
+    np.testing.assert_array_equal(positions[0], np.arange(3, 10))
+    np.testing.assert_array_equal(read[1], [*targets[1, 4:7], *[IGNORED] * 4])
+
+    def loss(logits):
+        return answer_loss(np.take_along_axis(logits, positions[..., None], axis=1), read)[0]
+
+    expected, metrics = caption_loss(logits, targets)
+    assert metrics["num_tokens"] == (np.asarray(read) != IGNORED).sum()
+    np.testing.assert_allclose(loss(logits), expected, rtol=1e-6)
+    assert counted_positions(targets, 100)[0].shape == (3, 10)
 
 
 def test_ignored_positions_are_zero_and_a_batch_without_targets_is_finite(batch):

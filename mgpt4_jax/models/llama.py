@@ -117,9 +117,13 @@ class Llama(nn.Module):
         valid: Bool[Array, "b t"] | None = None,
         positions: Int[Array, "b t"] | None = None,
         *,
+        read: Int[Array, "b r"] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "b t v"]:
         """Float32 logits of a whole sequence; ``valid`` marks tokens that are not padding (either side).
+
+        ``read`` names the positions of each row whose logits are wanted; the result is [b r v] then. Nothing else
+        is as large as logits, and of a small model the head is a good part of the work.
 
         ``positions`` default to the count of valid tokens before each one, so that padding on the
         left changes nothing. With ``deterministic=False`` the inputs of adapters are dropped out, which
@@ -136,6 +140,8 @@ class Llama(nn.Module):
         x = embeds.astype(self.dtype)
         layers = LlamaLayer(config, self.dtype, deterministic, name="layers")
         x, _ = scan_layers(layers, x, angles, mask, length=config.num_layers, remat=config.remat)
+        if read is not None:
+            x = jnp.take_along_axis(x, read[..., None], axis=1)
         return self.logits(self.norm(x))
 
     def logits(self, x: Float[Array, "b t d"]) -> Float[Array, "b t v"]:

@@ -67,9 +67,10 @@ class MiniGPT4(nn.Module):
         text_ids: Int[Array, "b i t"] | None = None,
         text_valid: Bool[Array, "b i t"] | None = None,
         *,
+        read: Int[Array, "b r"] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "b t v"]:
-        """Float32 logits of whole sequences with ``i`` pictures a row.
+        """Float32 logits of whole sequences with ``i`` pictures a row, or of their positions ``read`` alone.
 
         ``deterministic=False`` drops out in the Q-Former and in adapters and takes a "dropout" key.
         """
@@ -79,7 +80,7 @@ class MiniGPT4(nn.Module):
             flat = [None if x is None else x.reshape(-1, *x.shape[2:]) for x in (pixels, text_ids, text_valid)]
             images = self.encode_image(*flat, deterministic=deterministic)
             images = images.reshape(rows, count * images.shape[1], -1)
-        return self.llama(self.embed(ids, slots, images), valid, deterministic=deterministic)
+        return self.llama(self.embed(ids, slots, images), valid, read=read, deterministic=deterministic)
 
 
 def join_patches(x: Float[Array, "b p d"], count: int) -> Float[Array, "b q e"]:

@@ -7,15 +7,16 @@ What they do not say is which parameters are trained: that is the trainable tree
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 
-from mgpt4_jax.config import ModelConfig
+from mgpt4_jax.config import IGNORED, ModelConfig
 from mgpt4_jax.data.images import MEAN, STD
-from mgpt4_jax.losses import caption_loss
+from mgpt4_jax.losses import answer_loss, caption_loss, counted_positions
 from mgpt4_jax.models import build
 from mgpt4_jax.train_config import TrainConfig
 from mgpt4_jax.typing import Array, DType, Float, Params, PRNGKey, UInt8
@@ -31,14 +32,19 @@ def normalised(pixels: UInt8[Array, "b i H W 3"]) -> Float[Array, "b i H W 3"]:
     return (pixels.astype(jnp.float32) / 255.0 - MEAN) / STD
 
 
-def caption_objective(model: nn.Module) -> Objective:
+def caption_objective(model: nn.Module, max_targets: int | None = None) -> Objective:
     """The answer's cross-entropy, mean over its tokens: ``align`` and ``finetune`` differ in their rows only.
 
     Matches MiniGPT-4 ``minigpt_base.py`` ``forward``. Without a key nothing is dropped out.
+
+    Args:
+      max_targets: most targets that count in a row; logits are computed for as many positions only. A row with more
+        makes the loss NaN. None: logits are computed for all.
     """
 
     def objective(params: Params, batch: Batch, key: PRNGKey | None) -> tuple[Array, Metrics]:
-        logits = model.apply(
+        run = functools.partial(
+            model.apply,
             {"params": params},
             batch["ids"],
             batch["slots"],
@@ -47,7 +53,13 @@ def caption_objective(model: nn.Module) -> Objective:
             deterministic=key is None,
             rngs=None if key is None else {"dropout": key},
         )
-        loss, metrics = caption_loss(logits, batch["targets"])
+        if max_targets is None:
+            loss, metrics = caption_loss(run(), batch["targets"])
+        else:
+            read, targets = counted_positions(batch["targets"], max_targets)
+            loss, metrics = answer_loss(run(read=read), targets)
+            is_all = metrics["num_tokens"] == (batch["targets"][:, 1:] != IGNORED).sum()
+            loss = jnp.where(is_all, loss, jnp.nan)
         return loss, {"weight": metrics["num_tokens"].astype(jnp.float32)}
 
     return objective

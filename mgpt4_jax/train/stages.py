@@ -56,7 +56,11 @@ def _pretraining(module: nn.Module, rows: Rows) -> Objective:
     return pretraining_objective(module, dec_id=rows.tokenizer.dec_id, pad_id=rows.pad_id)
 
 
-_LANGUAGE = Stage("minigpt4", _language_rows, lambda module, rows: caption_objective(module))
+def _captioning(module: nn.Module, rows: Rows) -> Objective:
+    return caption_objective(module, rows.text.max_text_length)
+
+
+_LANGUAGE = Stage("minigpt4", _language_rows, _captioning)
 
 STAGES = {
     "align": _LANGUAGE,

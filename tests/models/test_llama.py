@@ -69,6 +69,14 @@ def test_padding_gets_no_gradient(model, embeds):
     assert gradient[0, 20:].any(-1).all()
 
 
+def test_logits_of_some_positions_are_those_of_all(model, embeds):
+    config, params = model
+    read = jnp.array([[129, 3, 3], [0, 64, 1]])
+    some = jax.jit(lambda x: Llama(config).apply({"params": params}, x, read=read))(embeds)
+    every = _logits(config, params, embeds)
+    np.testing.assert_allclose(some, jnp.take_along_axis(every, read[..., None], axis=1), **TOLERANCE)
+
+
 def test_remat_changes_nothing(model, embeds):
     config, params = model
 

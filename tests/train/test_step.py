@@ -61,8 +61,8 @@ class Run:
         shardings = param_shardings(config, self.mesh)
         optimizer = make_optimizer(optim)
         data = DataConfig((SourceConfig("jsonl", "x"),))
-        module = training_model(TrainConfig("m", "r", data), config, trained, jnp.float32)
-        self.objective = caption_objective(module)
+        self.module = training_model(TrainConfig("m", "r", data), config, trained, jnp.float32)
+        self.objective = caption_objective(self.module)
         leaves, frozen = split(params, trained)
         places, frozen_places = split(shardings, trained)
 
@@ -133,6 +133,22 @@ def test_accumulation_equals_the_whole_batch(mesh: str | None) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     for path, leaf in gradients[0].items():
         np.testing.assert_allclose(leaf, gradients[1][path], rtol=1e-5, atol=1e-6, err_msg=path)
+
+
+def test_logits_of_the_answer_alone_give_the_same_loss_and_gradient() -> None:
+    run, batch = Run(), make_batch(3)
+    most = int((batch["targets"] != IGNORED).sum(axis=1).max())
+    found = {}
+    for max_targets in (None, most, most - 1):
+        objective = caption_objective(run.module, max_targets)
+        differentiate = jax.value_and_grad(
+            lambda trainable, f=objective: f(join(trainable, run.frozen), batch, None)[0]
+        )
+        found[max_targets] = jax.jit(differentiate)(run.state.trainable)
+    np.testing.assert_allclose(found[most][0], found[None][0], rtol=1e-6)
+    for path, leaf in flatten(found[None][1]).items():
+        np.testing.assert_allclose(flatten(found[most][1])[path], leaf, rtol=1e-5, atol=1e-6, err_msg=path)
+    assert np.isnan(found[most - 1][0])  # a row has more: no target is left out in silence
 
 
 def test_a_step_that_is_not_finite_changes_nothing() -> None:
