@@ -21,6 +21,7 @@ from PIL import Image
 from mgpt4_jax.config import IGNORED, MAX_SIZE
 from mgpt4_jax.data.batching import TrainingSequence, bucket_for
 from mgpt4_jax.data.images import load_image, resize
+from mgpt4_jax.data.page_shell import visible
 from mgpt4_jax.data.rows import RowBuilder, buckets_of
 from mgpt4_jax.data.samples import Sample, Source
 from mgpt4_jax.data.text import clean_caption
@@ -248,13 +249,6 @@ def histogram(values: Sequence[int]) -> list[tuple[int, int, int]]:
     width = -(-(high - low + 1) // NUM_BINS)
     counts = np.bincount((array_ - low) // width)
     return [(low + i * width, low + (i + 1) * width - 1, int(count)) for i, count in enumerate(counts)]
-
-
-def visible(text: str) -> str:
-    """``text`` with what would not be seen, or would steer a terminal, written out; a line break gets a mark."""
-    return "".join(
-        "⏎\n" if c == "\n" else c if c.isprintable() or c in "\t\u200d" else f"\\u{{{ord(c):x}}}" for c in text
-    )
 
 
 @dataclass(frozen=True)
