@@ -46,6 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "train": LIBRARY,
     "generate": STORES,
     **dict.fromkeys(USES - {"train", "generate"}, STORES | {"generate"}),
+    "search": STORES | {"generate", "fingerprint"},  # which names the model of an index
     "convert": STORES | {"losses"},
     "api": LIBRARY | USES | {"convert"},
     "commands": LIBRARY | USES | {"", "convert", "api"},
@@ -68,6 +69,7 @@ ONLY_IN = {
     "tensorflow": [],
     "tensorflow_datasets": ["mgpt4_jax/data/records.py"],
     "torchvision": [],
+    "faiss": ["mgpt4_jax/search/vectors.py"],
 }
 
 
