@@ -13,10 +13,16 @@ import traceback
 
 from jsonargparse import ArgumentParser
 
-from mgpt4_jax.commands import Commands, HelpFormatter, add_commands, answering, datasets, training, weights
+from mgpt4_jax.commands import Commands, HelpFormatter, add_commands, answering, datasets, searching, training, weights
 from mgpt4_jax.errors import UserError
 
-COMMANDS: Commands = {**weights.COMMANDS, **datasets.COMMANDS, **training.COMMANDS, **answering.COMMANDS}
+COMMANDS: Commands = {
+    **weights.COMMANDS,
+    **datasets.COMMANDS,
+    **training.COMMANDS,
+    **answering.COMMANDS,
+    **searching.COMMANDS,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
