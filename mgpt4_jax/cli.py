@@ -13,7 +13,17 @@ import traceback
 
 from jsonargparse import ArgumentParser
 
-from mgpt4_jax.commands import Commands, HelpFormatter, add_commands, answering, datasets, searching, training, weights
+from mgpt4_jax.commands import (
+    Commands,
+    HelpFormatter,
+    add_commands,
+    answering,
+    datasets,
+    evaluating,
+    searching,
+    training,
+    weights,
+)
 from mgpt4_jax.errors import UserError
 
 COMMANDS: Commands = {
@@ -21,6 +31,7 @@ COMMANDS: Commands = {
     **datasets.COMMANDS,
     **training.COMMANDS,
     **answering.COMMANDS,
+    **evaluating.COMMANDS,
     **searching.COMMANDS,
 }
 

@@ -132,7 +132,8 @@ def _bleu_counts(words: Sequence[str], references: Sequence[Sequence[str]]) -> t
 
 
 def _bleu_of(correct: np.ndarray, guessed: np.ndarray, length: int, reference: int) -> dict[str, float]:
-    product, scores = 1.0, {}
+    product = 1.0
+    scores: dict[str, float] = {}
     ratio = (length + TINY) / (reference + SMALL)
     penalty = math.exp(1 - 1 / ratio) if 1 / ratio < 700 and ratio < 1 else float(ratio >= 1)
     for index in range(MAX_NGRAM):
@@ -154,7 +155,7 @@ def _cider(candidates: Sequence[Sequence[str]], references: Sequence[Sequence[Se
     def weigh(counts: Counter[NGram]) -> Counter[NGram]:
         return Counter({ngram: n * (log_pictures - math.log(max(found_in[ngram], 1))) for ngram, n in counts.items()})
 
-    scores = []
+    scores: list[float] = []
     for words, group in zip(candidates, known, strict=True):
         mine = _Vector(weigh(_ngrams(words)), len(words))
         sums = sum(
@@ -232,7 +233,7 @@ def recalls(
     """
     texts = np.array([rank[list(own)].min() for rank, own in zip(_ranks(image_to_text), texts_of, strict=True)])
     images = np.array([rank[own] for rank, own in zip(_ranks(text_to_image), image_of, strict=True)])
-    scores = {}
+    scores: dict[str, float] = {}
     for name, ranks in (("txt", texts), ("img", images)):
         at = {f"{name}_r{k}": 100.0 * int((ranks < k).sum()) / len(ranks) for k in (1, 5, 10)}
         scores |= at | {f"{name}_r_mean": sum(at.values()) / 3}

@@ -1,0 +1,67 @@
+"""A page of examples: pictures with the answer, the references and the score, worst and best among them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mgpt4_jax.data.images import load_image
+from mgpt4_jax.data.page_shell import as_text, render_picture, render_shell, write_whole
+from mgpt4_jax.errors import UserError
+
+SIDE = 320  # of a picture on the page, in pixels
+MAX_REFERENCES = 5
+_STYLE = ".answer { background: #e3f1e8; } .reference { color: #667484; }"
+
+
+@dataclass(frozen=True)
+class Example:
+    """What one card shows."""
+
+    name: str
+    image: str
+    question: str
+    answers: Sequence[str]
+    references: Sequence[str]
+    score: str
+
+
+def write_examples(path: Path, title: str, scores: Mapping[str, float], examples: Sequence[Example]) -> None:
+    """Write the page, which needs no other file; it appears when it is whole.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    rows = "".join(f"<tr><td>{as_text(name)}</td><td>{value:.4g}</td></tr>" for name, value in scores.items())
+    cards = "\n".join(map(_card, examples))
+    write_whole(path, render_shell(title, [f"<table>{rows}</table>", f'<div class="cards">\n{cards}\n</div>'], _STYLE))
+
+
+def _card(example: Example) -> str:
+    lines = [f'<div class="question">{as_text(example.question)}</div>'] if example.question else []
+    lines += [f'<div class="answer">{as_text(text)}</div>' for text in example.answers]
+    lines += [f'<div class="reference">{as_text(text)}</div>' for text in example.references[:MAX_REFERENCES]]
+    name = f'<div class="name">{as_text(example.name)} · {as_text(example.score)}</div>'
+    picture, words = render_picture(_jpeg(example.image)), "".join(lines)
+    return f'<div class="card">{picture}\n{name}\n<div class="text">{words}</div></div>'
+
+
+def _jpeg(source: str) -> bytes | None:
+    """The picture, small; None if it cannot be read, which the answers tell already."""
+    try:
+        image = load_image(source)
+    except UserError:
+        return None
+    image.thumbnail((SIDE, SIDE))
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=85)
+    return file.getvalue()
+
+
+def spread(count: int, limit: int) -> list[int]:
+    """``limit`` indices, evenly from the first to the last of ``count``."""
+    if count <= limit:
+        return list(range(count))
+    return sorted({round(index * (count - 1) / max(limit - 1, 1)) for index in range(limit)})

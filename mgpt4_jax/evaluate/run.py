@@ -1,0 +1,154 @@
+"""One evaluation: a directory that a second run goes on in, with results in the benchmark's format, scores and a page.
+
+``settings.json`` says what was evaluated and how; another evaluation is refused in the same directory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mgpt4_jax.data.prompts import Template
+from mgpt4_jax.errors import UserError
+from mgpt4_jax.evaluate.metrics import recalls
+from mgpt4_jax.evaluate.page import Example, spread, write_examples
+from mgpt4_jax.evaluate.retrieval import Retriever, best_pairs, match_in_parts, rerank
+from mgpt4_jax.evaluate.tasks import ANSWER_NAMES, ID_NAMES, SCORES, Item, Pairs, Scored, prompt_of
+from mgpt4_jax.generate.answer import Answerer
+from mgpt4_jax.generate.batch import run_file
+from mgpt4_jax.generate.sampling import SamplingParams
+from mgpt4_jax.progress import Report
+
+TITLES = {"caption": "Captions", "vqa": "Answers", "retrieval": "Retrieval"}
+
+
+def open_directory(out: Path, settings: Mapping[str, Any]) -> None:
+    """Make ``out``, or see that it holds the same evaluation.
+
+    Raises:
+      UserError: it holds another one, or cannot be written.
+    """
+    text = json.dumps(settings, indent=1, sort_keys=True, default=str) + "\n"
+    path = out / "settings.json"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            write_file(path, text)
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror or error})") from error
+    except ValueError as error:
+        raise UserError(f"{path}: is broken; choose another --out") from error
+    now = json.loads(text)
+    if before != now:
+        names = [name for name in now.keys() | before.keys() if now.get(name) != before.get(name)]
+        raise UserError(f"{out}: holds an evaluation with another {min(names)}; choose another --out")
+
+
+def write_file(path: Path, text: str) -> None:
+    """Appears under its name when it is whole."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, values: Any) -> None:
+    write_file(path, json.dumps(values, ensure_ascii=True, indent=1) + "\n")
+
+
+def run_answers(
+    answerer: Answerer,
+    task: str,
+    items: Sequence[Item],
+    out: Path,
+    *,
+    prompt: str,
+    sampling: SamplingParams,
+    template: Template | None = None,
+    examples: int = 24,
+    report: Report | None = None,
+) -> tuple[dict[str, float], int]:
+    """Caption or answer every item that has no answer in ``out`` yet, and score all.
+
+    Writes ``answers.jsonl`` (as it goes), ``results.json`` in the benchmark's format, ``scores.json``, ``page.html``.
+
+    Returns:
+      The scores, and how many items failed: their answer counts as empty.
+    """
+    lines = [
+        json.dumps({"id": item.id, "image": str(Path(item.image).absolute()), "prompt": prompt_of(task, item, prompt)})
+        for item in items
+    ]
+    questions, answered = out / "questions.jsonl", out / "answers.jsonl"
+    write_file(questions, "\n".join(lines) + "\n")
+    summary = run_file(answerer, questions, answered, defaults=sampling, template=template, report=report)
+    records = [json.loads(line) for line in answered.read_text(encoding="utf-8").splitlines()]
+    answers = {record["id"]: record["text"] for record in records}
+    write_json(
+        out / "results.json", [{ID_NAMES[task]: item.id, ANSWER_NAMES[task]: answers[item.id]} for item in items]
+    )
+    scored = SCORES[task](items, answers)
+    counts = {"items": len(items), "failed": summary.failed}
+    write_json(out / "scores.json", {**scored.whole, **counts})
+    shown = _answer_examples(items, answers, scored, examples)
+    write_examples(out / "page.html", TITLES[task], {**scored.whole, **counts}, shown)
+    return scored.whole, summary.failed
+
+
+def _answer_examples(items: Sequence[Item], answers: Mapping[Any, str], scored: Scored, limit: int) -> list[Example]:
+    """From the worst to the best."""
+    ordered = sorted(items, key=lambda item: scored.each.get(item.id, 0.0))
+    chosen = [ordered[index] for index in spread(len(ordered), limit)]
+    return [
+        Example(
+            str(item.id),
+            item.image,
+            item.question,
+            [answers[item.id]],
+            item.references,
+            f"{scored.shown} {scored.each[item.id]:.3g}" if item.id in scored.each else "no reference",
+        )
+        for item in chosen
+    ]
+
+
+def run_retrieval(
+    retriever: Retriever, pairs: Pairs, out: Path, *, k: int = 128, examples: int = 24, report: Report | None = None
+) -> dict[str, float]:
+    """Find texts by pictures and pictures by texts; ``itc_*`` are the recalls before the best are matched.
+
+    Writes ``recalls.json`` (as LAVIS's ``evaluate.txt``), ``scores.json`` and ``page.html``; ``matched/`` holds the
+    logits of pairs that a second run need not match again.
+    """
+    features = retriever.features(pairs.images, pairs.texts, report)
+    similarity = features.similarity
+    chosen = best_pairs(similarity, k)
+    logits = match_in_parts(retriever, features, chosen, out / "matched", report)
+    to_text, to_image = rerank(similarity, chosen, logits, k)
+    found = recalls(to_text, to_image, pairs.texts_of, pairs.image_of)
+    first = recalls(similarity, similarity.T, pairs.texts_of, pairs.image_of)
+    scores = {**found, **{f"itc_{name}": value for name, value in first.items()}}
+    write_json(out / "recalls.json", found)
+    write_json(out / "scores.json", {**scores, "images": len(pairs.images), "texts": len(pairs.texts)})
+    write_examples(out / "page.html", TITLES["retrieval"], scores, _retrieval_examples(pairs, to_text, examples))
+    return scores
+
+
+def _retrieval_examples(pairs: Pairs, to_text: np.ndarray, limit: int) -> list[Example]:
+    """Pictures with the texts that were found first."""
+    shown = []
+    for index in spread(len(pairs.images), limit):
+        best = np.argsort(to_text[index], kind="stable")[::-1][:3]
+        own = set(pairs.texts_of[index])
+        texts = [f"{'✓' if text in own else '✗'} {to_text[index, text]:.3f} {pairs.texts[text]}" for text in best]
+        right = "right" if int(best[0]) in own else "wrong"
+        name = Path(pairs.images[index]).name
+        shown.append(
+            Example(name, pairs.images[index], "", texts, [pairs.texts[i] for i in pairs.texts_of[index]], right)
+        )
+    return shown

@@ -1,0 +1,250 @@
+"""Benchmarks in their own files: COCO and NoCaps captions, VQAv2, OK-VQA, GQA, and LAVIS's lists of each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mgpt4_jax.errors import UserError
+from mgpt4_jax.evaluate.answers import exact_match, vqa_accuracy
+from mgpt4_jax.evaluate.metrics import caption_scores
+
+PROMPTS = {"caption": "a photo of", "vqa": "Question: {} Short answer:"}
+ID_NAMES = {"caption": "image_id", "vqa": "question_id"}
+ANSWER_NAMES = {"caption": "caption", "vqa": "answer"}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture to caption, or one question. ``references`` are empty where the benchmark keeps them."""
+
+    id: Any
+    image: str
+    question: str = ""
+    references: tuple[str, ...] = ()
+    kind: str | None = None  # VQAv2's answer_type
+
+
+@dataclass(frozen=True)
+class Scored:
+    """``whole`` by metric; ``each`` the number that the page shows and sorts by, named ``shown``."""
+
+    whole: dict[str, float] = field(default_factory=dict)
+    each: dict[Any, float] = field(default_factory=dict)
+    shown: str = ""
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is not valid JSON ({str(error)[:80]})") from error
+
+
+def read_captions(path: Path, images: Path) -> list[Item]:
+    """Pictures to caption, of a COCO annotation file or a LAVIS list; pictures lie below ``images``."""
+    values = read_json(path)
+    if isinstance(values, dict):
+        known: dict[Any, list[str]] = {}
+        for entry in _entries(path, "annotations", values.get("annotations", [])):
+            identity = _get(path, "annotations", entry, "image_id")
+            known.setdefault(identity, []).append(_text(path, "annotations", entry, "caption"))
+        found = [
+            Item(
+                _get(path, "images", entry, "id"),
+                str(images / _text(path, "images", entry, "file_name")),
+                references=tuple(known.pop(entry["id"], ())),
+            )
+            for entry in _entries(path, "images", values.get("images"))
+        ]
+        if known:
+            raise UserError(f"{path}: annotations name the image_id {next(iter(known))!r}, which images do not have")
+        return _checked(path, "image_id", found)
+    merged: dict[Any, Item] = {}
+    for entry in _entries(path, "list", values):
+        image = _text(path, "list", entry, "image")
+        identity = entry.get("image_id", entry.get("img_id", entry.get("id", _number_of(image))))
+        texts = _texts(path, entry.get("caption", []), "caption")
+        if identity in merged:  # one line for each caption
+            texts = (*merged[identity].references, *texts)
+        merged[identity] = Item(identity, str(images / image), references=texts)
+    return _checked(path, "image_id", merged.values())
+
+
+def read_questions(path: Path, annotations: Path | None, images: Path, pattern: str) -> list[Item]:
+    """Questions of VQAv2 and OK-VQA (answers in ``annotations``), of GQA, or of a LAVIS list.
+
+    Args:
+      pattern: the file of a picture by its ``image_id``, for example ``COCO_val2014_{:012d}.jpg``.
+    """
+    values = read_json(path)
+    if isinstance(values, dict) and "questions" in values:
+        entries = _entries(path, "questions", values["questions"])
+    elif isinstance(values, dict):  # GQA: by question_id
+        entries = [{**entry, "question_id": key} for key, entry in values.items() if isinstance(entry, dict)]
+        entries = _entries(path, "questions", entries)
+    else:
+        entries = _entries(path, "list", values)
+    answers = {} if annotations is None else _annotations(annotations)
+    found = []
+    for entry in entries:
+        identity = _get(path, "questions", entry, "question_id")
+        if "image" in entry:
+            image = _text(path, "questions", entry, "image")
+        else:
+            name = "imageId" if "imageId" in entry else "image_id"
+            image = _file_name(path, pattern, _get(path, "questions", entry, name))
+        if annotations is not None and identity not in answers:
+            raise UserError(f"{annotations}: has no answers to question_id {identity!r}")
+        own = _texts(path, entry.get("answer", entry.get("answers", [])), "answer")
+        known, kind = answers.get(identity, (own, None))
+        question = _text(path, "questions", entry, "question")
+        found.append(Item(identity, str(images / image), question, known, kind))
+    return _checked(path, "question_id", found)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pictures with their texts: of each picture the indices of its texts, of each text that of its picture."""
+
+    images: list[str]
+    texts: list[str]
+    texts_of: list[list[int]]
+    image_of: list[int]
+
+
+def read_pairs(path: Path, images: Path) -> Pairs:
+    """A LAVIS list of ``{"image", "caption": [...]}`` (Flickr30k, COCO), or a COCO annotation file."""
+    pairs = Pairs([], [], [], [])
+    for index, item in enumerate(read_captions(path, images)):
+        if not item.references:
+            raise UserError(f"{path}: the picture {item.image} has no caption; every picture needs one to be found")
+        pairs.images.append(item.image)
+        pairs.texts_of.append(list(range(len(pairs.texts), len(pairs.texts) + len(item.references))))
+        pairs.texts.extend(item.references)
+        pairs.image_of.extend([index] * len(item.references))
+    return pairs
+
+
+def score_captions(items: Sequence[Item], answers: dict[Any, str]) -> Scored:
+    """CIDEr-D, BLEU and ROUGE-L of the pictures that have references."""
+    known = {item.id: item.references for item in items if item.references}
+    if not known:
+        return Scored()
+    scores = caption_scores({key: answers[key] for key in known}, known)
+    return Scored(scores.whole, {key: each["CIDEr"] for key, each in scores.each.items()}, "CIDEr")
+
+
+def score_answers(items: Sequence[Item], answers: dict[Any, str]) -> Scored:
+    """Accuracy in percent: of people's answers by the VQA rule, of a single reference by an exact match."""
+    known = [item for item in items if item.references]
+    if not known:
+        return Scored()
+    if all(len(item.references) == 1 for item in known):
+        each = {item.id: 100 * exact_match(answers[item.id], item.references[0]) for item in known}
+        return Scored({"exact_match": _mean(each.values())}, each, "exact_match")
+    each = {item.id: 100 * vqa_accuracy(answers[item.id], item.references) for item in known}
+    lavis = [100 * vqa_accuracy(answers[item.id], item.references, "lavis") for item in known]
+    whole = {"accuracy": _mean(each.values()), "accuracy_lavis": _mean(lavis)}
+    for kind in sorted({item.kind for item in known if item.kind}):
+        whole[f"accuracy_{kind}"] = _mean([each[item.id] for item in known if item.kind == kind])
+    return Scored(whole, each, "accuracy")
+
+
+SCORES: dict[str, Callable[[Sequence[Item], dict[Any, str]], Scored]] = {
+    "caption": score_captions,
+    "vqa": score_answers,
+}
+
+
+def prompt_of(task: str, item: Item, prompt: str) -> str:
+    """The words that the model reads: ``{}`` in ``prompt`` is the question, which otherwise follows it."""
+    if task == "caption":
+        return prompt
+    return prompt.replace("{}", item.question) if "{}" in prompt else f"{prompt} {item.question}".strip()
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+# --- files --------------------------------------------------------------------------------------------------
+
+
+def _annotations(path: Path) -> dict[Any, tuple[tuple[str, ...], str | None]]:
+    values = read_json(path)
+    values = values.get("annotations") if isinstance(values, dict) else values
+    found = {}
+    for entry in _entries(path, "annotations", values):
+        given = entry.get("answers")
+        if isinstance(given, list):
+            given = [one.get("answer") if isinstance(one, dict) else one for one in given]
+        kind = entry.get("answer_type")
+        found[_get(path, "annotations", entry, "question_id")] = (
+            _texts(path, given, "answers"),
+            kind if isinstance(kind, str) else None,
+        )
+    return found
+
+
+def _entries(path: Path, key: str, values: Any) -> list[dict[str, Any]]:
+    if not isinstance(values, list) or not all(isinstance(entry, dict) for entry in values):
+        raise UserError(f"{path}: {key!r} must be a list of objects")
+    return values
+
+
+def _get(path: Path, key: str, entry: dict[str, Any], name: str) -> Any:
+    value = entry.get(name)
+    if not isinstance(value, str | int) or isinstance(value, bool):
+        raise UserError(f"{path}: an entry of {key} has no usable {name!r}: {str(entry)[:80]}")
+    return value
+
+
+def _text(path: Path, key: str, entry: dict[str, Any], name: str) -> str:
+    value = entry.get(name)
+    if not isinstance(value, str):
+        raise UserError(f"{path}: an entry of {key} lacks the text {name!r}: {str(entry)[:80]}")
+    return value
+
+
+def _texts(path: Path, value: Any, name: str) -> tuple[str, ...]:
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, list) or not all(isinstance(text, str) for text in values):
+        raise UserError(f"{path}: {name!r} must be a text or a list of texts, got {str(value)[:80]}")
+    return tuple(values)
+
+
+def _number_of(image: str) -> Any:
+    """COCO's id of a file such as ``COCO_val2014_000000391895.jpg``; of other names the name."""
+    last = Path(image).stem.split("_")[-1]
+    return int(last) if last.isascii() and last.isdecimal() else last
+
+
+def _file_name(path: Path, pattern: str, identity: Any) -> str:
+    try:
+        return pattern.format(identity)
+    except (ValueError, IndexError, KeyError) as error:
+        raise UserError(f"{path}: the image_id {identity!r} does not go into --image-name {pattern!r}") from error
+
+
+def _checked(path: Path, name: str, items: Iterable[Item]) -> list[Item]:
+    items = list(items)
+    if not items:
+        raise UserError(f"{path}: holds nothing to evaluate")
+    seen: set[Any] = set()
+    for item in items:
+        if item.id in seen:
+            raise UserError(f"{path}: the {name} {item.id!r} stands twice; ids must differ")
+        seen.add(item.id)
+    return items

@@ -1,0 +1,122 @@
+"""Files of the benchmarks, and how answers are scored."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mgpt4_jax.errors import UserError
+from mgpt4_jax.evaluate.tasks import Item, prompt_of, read_captions, read_pairs, read_questions, score_answers
+
+PICTURES = Path("pictures")
+
+
+def write(path: Path, values: Any) -> Path:
+    path.write_text(values if isinstance(values, str) else json.dumps(values))
+    return path
+
+
+def test_coco_captions(tmp_path: Path) -> None:
+    file = write(
+        tmp_path / "captions.json",
+        {
+            "images": [{"id": 7, "file_name": "b.jpg"}, {"id": 3, "file_name": "a.jpg"}],
+            "annotations": [{"id": i, "image_id": 3, "caption": text} for i, text in enumerate(("one", "two"))],
+        },
+    )
+    assert read_captions(file, PICTURES) == [
+        Item(7, "pictures/b.jpg"),
+        Item(3, "pictures/a.jpg", references=("one", "two")),
+    ]
+
+
+def test_lavis_captions(tmp_path: Path) -> None:
+    line = {"image": "val2014/COCO_val2014_000000000042.jpg"}
+    entries = [{**line, "caption": "one"}, {**line, "caption": ["two"]}, {"image": "b.jpg", "image_id": "x"}]
+    first, second = read_captions(write(tmp_path / "list.json", entries), PICTURES)
+    assert (first.id, first.references, first.image) == (42, ("one", "two"), f"pictures/{line['image']}")
+    assert (second.id, second.references) == ("x", ())
+
+
+def test_vqa_questions(tmp_path: Path) -> None:
+    questions = write(
+        tmp_path / "q.json", {"questions": [{"question_id": 1, "image_id": 42, "question": "What is it?"}]}
+    )
+    answers = {"question_id": 1, "answer_type": "other", "answers": [{"answer": "cat", "answer_id": i} for i in (1, 2)]}
+    annotations = write(tmp_path / "a.json", {"annotations": [answers]})
+    [item] = read_questions(questions, annotations, PICTURES, "COCO_val2014_{:012d}.jpg")
+    assert item == Item(1, "pictures/COCO_val2014_000000000042.jpg", "What is it?", ("cat", "cat"), "other")
+    assert read_questions(questions, None, PICTURES, "{}.jpg")[0].references == ()
+
+
+def test_gqa_and_lavis_questions(tmp_path: Path) -> None:
+    gqa = write(tmp_path / "gqa.json", {"201": {"imageId": "n16", "question": "Is it red?", "answer": "yes"}})
+    assert read_questions(gqa, None, PICTURES, "{}.jpg") == [Item("201", "pictures/n16.jpg", "Is it red?", ("yes",))]
+    entry = {"question_id": 5, "image": "a.png", "question": "Who?", "answer": ["me", "me"]}
+    lavis = write(tmp_path / "lavis.json", [entry])
+    assert read_questions(lavis, None, PICTURES, "{}.jpg") == [Item(5, "pictures/a.png", "Who?", ("me", "me"))]
+
+
+def test_pairs(tmp_path: Path) -> None:
+    file = write(tmp_path / "p.json", [{"image": "a.jpg", "caption": ["x", "y"]}, {"image": "b.jpg", "caption": "z"}])
+    pairs = read_pairs(file, PICTURES)
+    assert (pairs.texts, pairs.texts_of, pairs.image_of) == (["x", "y", "z"], [[0, 1], [2]], [0, 0, 1])
+    with pytest.raises(UserError, match=r"b\.jpg has no caption"):
+        read_pairs(write(file, [{"image": "a.jpg", "caption": "x"}, {"image": "b.jpg"}]), PICTURES)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ("{", "not valid JSON"),
+        ([], "nothing to evaluate"),
+        ("3", "'list' must be a list"),
+        ([3], "'list' must be a list"),
+        ([{"caption": "x"}], "lacks the text 'image'"),
+        ([{"image": 3}], "lacks the text 'image'"),
+        ([{"image": "a.jpg", "caption": 3}], "'caption' must be"),
+        ({"images": [{"id": 1}]}, "lacks the text 'file_name'"),
+        ({"images": [{"file_name": "a"}]}, "no usable 'id'"),
+        ({"annotations": []}, "'images' must be a list"),
+        ({"images": [{"id": 1, "file_name": "a"}] * 2}, "image_id 1 stands twice"),
+        ({"images": [], "annotations": [{"image_id": 9, "caption": "x"}]}, "image_id 9"),
+    ],
+)
+def test_bad_caption_files_are_named(tmp_path: Path, values: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        read_captions(write(tmp_path / "bad.json", values), PICTURES)
+    assert "bad.json" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("questions", "pattern", "message"),
+    [
+        ([{"question_id": 1, "image": "a"}], "{}.jpg", "lacks the text 'question'"),
+        ([{"question_id": 1, "question": "x"}], "{}.jpg", "no usable 'image_id'"),
+        ([{"question_id": 1, "question": "x", "image_id": "n"}], "{:012d}.jpg", "does not go into --image-name"),
+        ([{"question_id": 2, "question": "x", "image": "a"}], "{}.jpg", "a.json: has no answers to question_id 2"),
+    ],
+)
+def test_bad_questions_are_named(tmp_path: Path, questions: Any, pattern: str, message: str) -> None:
+    annotations = write(tmp_path / "a.json", [{"question_id": 1, "answers": ["x"]}])
+    with pytest.raises(UserError, match=message):
+        read_questions(write(tmp_path / "q.json", questions), annotations, PICTURES, pattern)
+
+
+def test_prompts() -> None:
+    item = Item(1, "a.jpg", "Why {x}?")
+    assert prompt_of("vqa", item, "Question: {} Short answer:") == "Question: Why {x}? Short answer:"
+    assert prompt_of("vqa", item, "[vqa]") == "[vqa] Why {x}?"
+    assert prompt_of("caption", item, "a photo of") == "a photo of"
+
+
+def test_scores_of_answers() -> None:
+    people = [Item(1, "", references=("cat",) * 9 + ("dog",), kind="other"), Item(2, "", references=("no",) * 10)]
+    scored = score_answers([*people, Item(3, "")], {1: "The cat.", 2: "no", 3: "?"})
+    assert scored.whole == {"accuracy": 100, "accuracy_lavis": 100, "accuracy_other": 100}
+    single = [Item(1, "", references=("yes",)), Item(2, "", references=("no",))]
+    assert score_answers(single, {1: "Yes.", 2: "yes"}).whole == {"exact_match": 50}
+    assert score_answers([Item(3, "")], {3: "x"}).whole == {}
