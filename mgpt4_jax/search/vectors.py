@@ -1,9 +1,10 @@
 """The vectors of an index, on faiss (``faiss-cpu``): the pictures with the best vectors, none of them missed.
 
 Why faiss: its flat index compares with every vector, so that nothing is missed whatever the data, where a graph of
-neighbours gives up some without a word (hnswlib is one; usearch can scan too, but only what it first built as a graph).
-It removes rows, stores itself without pickle, needs NumPy alone, is kept up by those who wrote it, and comes as one
-wheel for every Python from 3.10 on, for Linux on x86-64 and arm64, without CUDA. hnswlib comes as source only.
+neighbours gives up some without a word (hnswlib is one; so is usearch's index, which can scan too but builds and stores
+its graph all the same). It removes rows, stores itself without pickle, needs NumPy alone, is kept up by those who wrote
+it, and comes as one wheel for every Python from 3.10 on, for Linux on x86-64 and arm64, without CUDA. hnswlib comes as
+source only.
 
 A flat index of float32 takes 32 KiB of memory for a picture at BLIP-2's size (32 queries of 256): 3 GiB for 100,000.
 """

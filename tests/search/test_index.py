@@ -85,6 +85,23 @@ def test_only_what_is_new_is_embedded(model: Counted, folder: Path, tmp_path: Pa
     assert {hit.path.name for hit in index.search(image=folder / "copy.png", k=2)} == {"04.png", "copy.png"}
 
 
+def test_bytes_that_move_while_their_old_name_gets_others(
+    model: Counted, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is saved on the way forgets the replaced picture; its bytes under a later name are then new again."""
+    index = SearchIndex.open(tmp_path / "index", model)
+    index.add(folder)
+    for name, embedded in (("y.png", 1), ("z.png", 2)):
+        (folder / "a/00.png").rename(folder / name)
+        write_picture(folder / "a/00.png", 300 + embedded)
+        model.embedded = 0
+        index.add(folder)
+        assert model.embedded == embedded
+        assert index.search(image=folder / name, k=1)[0].path == folder / name
+        monkeypatch.setattr(module, "SEGMENT", 1)
+        monkeypatch.setattr(module, "BATCH", 1)
+
+
 def test_a_change_of_content_under_an_old_time_is_seen(model: Counted, folder: Path, tmp_path: Path) -> None:
     path = folder / "b/03.bmp"
     index = SearchIndex.open(tmp_path / "index", model)
