@@ -14,7 +14,7 @@ FIND_PYTHON = for python in $(PYTHON) python3 python3.12 python3.11; do \
 	    python=; \
 	done
 
-.PHONY: help test demo lint fmt bench prove clean
+.PHONY: help test demo lint fmt bench prove learn clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -41,6 +41,9 @@ bench: $(READY)  ## measure speed beside PyTorch; benchmarks/RESULTS.md keeps th
 prove: $(READY)  ## true sizes: convert 7B, verify a ViT-g; needs 45 GB: ARGS="--scratch DIR"
 	$(BIN)/python benchmarks/convert_size.py $(ARGS)
 	$(BIN)/python benchmarks/verify_size.py $(ARGS)
+
+learn: $(READY)  ## pre-train a small Q-Former in minutes, and find held-out pictures; ARGS="--seed 1"
+	PYTHONPATH=tests $(BIN)/python -m train.learn_pairs $(ARGS)
 
 clean:  ## remove the environment, the caches and what builds leave
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .mypy_cache build dist *.egg-info
