@@ -19,7 +19,9 @@ from mgpt4_jax.models.blip2 import Blip2
 from mgpt4_jax.models.llama import Llama
 from mgpt4_jax.models.masks import bidirectional_mask, padding_mask
 from mgpt4_jax.models.minigpt4 import MiniGPT4
+from mgpt4_jax.models.opt import Opt
 from mgpt4_jax.models.qformer import Qformer
+from mgpt4_jax.models.t5 import T5, shift_right
 from mgpt4_jax.models.vit import Vit
 
 from .comparison import Comparison
@@ -95,17 +97,34 @@ def _image_tokens(config: ModelConfig, params: Any, inputs: Arrays, recorded: Ar
 
 
 def _language(config: ModelConfig, params: Any, inputs: Arrays, recorded: Arrays) -> list[tuple[Any, ...]]:
-    if config.llama is None:
+    if config.t5 is not None:
+        return _prefix_language(config, params, recorded)
+    if config.language_model is None:
         return []
-    run = jax.jit(partial(Llama(config.llama).apply, {"params": params["llama"]}))
+    if config.opt is not None:
+        run = jax.jit(partial(Opt(config.opt).apply, {"params": params["opt"]}))
+    else:
+        run = jax.jit(partial(Llama(config.llama).apply, {"params": params["llama"]}))
     found = []
     for name in recorded:
         case = name.removesuffix(_SUFFIX)
-        fits = recorded[name].shape[-1:] == (config.llama.hidden_size,)
+        fits = recorded[name].shape[-1:] == (config.language_model.hidden_size,)
         if name.endswith(_SUFFIX) and f"{case}_logits" in recorded and fits:
             valid = recorded[f"{case}_attention_mask"].astype(bool)
             found.append((f"{case}_logits", run(recorded[name], valid), valid))
     return found
+
+
+def _prefix_language(config: ModelConfig, params: Any, recorded: Arrays) -> list[tuple[Any, ...]]:
+    """The one batch of BLIP-2 on T5."""
+    embeds = recorded.get("inputs_embeds")
+    if embeds is None or embeds.shape[-1] != config.t5.hidden_size or "encoder_last" not in recorded:
+        return []
+    bound, valid = T5(config.t5).bind({"params": params["t5"]}), recorded["attention_mask"].astype(bool)
+    targets, counted = recorded["targets"], recorded["decoder_attention_mask"].astype(bool)
+    encoded = jax.jit(bound.encode)(embeds, valid)
+    logits = jax.jit(bound.decode)(shift_right(targets, config.t5), encoded, valid, counted)
+    return [("encoder_last", encoded, valid), ("logits", logits, counted)]
 
 
 def _stage1(config: ModelConfig, params: Any, inputs: Arrays, recorded: Arrays) -> list[tuple[Any, ...]]:

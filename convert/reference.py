@@ -1,15 +1,16 @@
 """The PyTorch side of ``verify``: modules of ``transformers``, filled from the user's original files.
 
 Nothing here knows our tables. Keys are renamed straight to those of Hugging Face's ``Blip2*``,
-``InstructBlip*`` and ``Llama*`` classes and loaded with ``load_state_dict(strict=True)``, one module at a
-time, so that a mistake in our tables cannot be made on both sides.
+``InstructBlip*``, ``Llama*``, ``OPT*`` and ``T5*`` classes and loaded with ``load_state_dict(strict=True)``,
+one module at a time, so that a mistake in our tables cannot be made on both sides.
 """
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -40,9 +41,9 @@ _RENAMES = (
     (r"qformer\.embeddings\.(word|position)_embeddings\.weight", r"embeddings.\1_embeddings.weight"),
     (r"vision_proj\.(.*)", r"vision_projection.\1"),
     (r"text_proj\.(.*)", r"text_projection.\1"),
-    (r"ll(?:ama|m)_proj\.(.*)", r"language_projection.\1"),
+    (r"(?:llama|llm|opt|t5)_proj\.(.*)", r"language_projection.\1"),
     (r"(?:.*\.)?(model\.layers\..*\.lora_[AB])(?:\.default)?\.weight", rf"{LANGUAGE}.\1.weight"),
-    (r"((?:model|lm_head)\..*)", rf"{LANGUAGE}.\1"),
+    (r"((?:model|lm_head|shared|encoder|decoder)\..*)", rf"{LANGUAGE}.\1"),
 )
 
 
@@ -104,7 +105,8 @@ class Reference:
     def _is_left_out(self, name: str) -> bool:
         """Buffers, and adapters that the model has other ones of."""
         is_adapted = self.config.llama is not None and self.config.llama.lora is not None
-        return "rotary_emb" in name or (".lora_" in name and not is_adapted)
+        is_unused = name.endswith("EncDecAttention.relative_attention_bias.weight")  # of old T5s
+        return "rotary_emb" in name or is_unused or (".lora_" in name and not is_adapted)
 
     def _fill(self, make: Callable[[], Any], state: dict[str, Any], prefix: str) -> Any:
         with self.torch.device("meta"):
@@ -234,9 +236,12 @@ class Reference:
     def llama_config(self) -> Any:
         from transformers import LlamaConfig
 
+        return _eager(LlamaConfig.from_dict(dict(self._language_values())))
+
+    def _language_values(self) -> Mapping[str, Any]:
         source = self.sources.get("llm_delta") or self.sources.get("llm")
         values = self.values.get("text_config", self.values) if source is None else source.config
-        return _eager(LlamaConfig.from_dict(dict(values or {})))
+        return values or {}
 
     def llama_embeddings(self) -> Any:
         config = self.llama_config
@@ -287,6 +292,97 @@ class Reference:
         name = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
         make = self.torch.nn.Linear
         return self.load(lambda: make(config.hidden_size, config.vocab_size, bias=False), f"{LANGUAGE}.{name}.")
+
+    # OPT
+
+    @cached_property
+    def opt_config(self) -> Any:
+        from transformers import OPTConfig
+
+        return _eager(OPTConfig.from_dict(dict(self._language_values())))
+
+    def opt_embeddings(self) -> Any:
+        config, make = self.opt_config, self.torch.nn.Embedding
+        return self._opt(lambda: make(config.vocab_size, config.word_embed_proj_dim), "embed_tokens")
+
+    def opt_positions(self) -> Any:
+        from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
+
+        config = self.opt_config
+        make = partial(OPTLearnedPositionalEmbedding, config.max_position_embeddings, config.hidden_size)
+        return self._opt(make, "embed_positions")
+
+    def opt_project_in(self) -> Any:
+        config = self.opt_config
+        make = partial(self.torch.nn.Linear, config.word_embed_proj_dim, config.hidden_size, bias=False)
+        return self._opt(make, "project_in")
+
+    def opt_layer(self, index: int) -> Any:
+        from transformers.models.opt.modeling_opt import OPTDecoderLayer
+
+        return self._opt(lambda: OPTDecoderLayer(self.opt_config, index), f"layers.{index}")
+
+    def opt_head(self) -> Any:
+        """From the last layer to the logits: norm, projection, embedding."""
+        config, nn = self.opt_config, self.torch.nn
+        parts = []
+        if config.do_layer_norm_before:
+            parts.append(self._opt(lambda: nn.LayerNorm(config.hidden_size), "final_layer_norm"))
+        if config.word_embed_proj_dim != config.hidden_size:
+            make = partial(nn.Linear, config.hidden_size, config.word_embed_proj_dim, bias=False)
+            parts.append(self._opt(make, "project_out"))
+        parts.append(
+            self._opt(partial(nn.Linear, config.word_embed_proj_dim, config.vocab_size, False), "embed_tokens")
+        )
+        return nn.Sequential(*parts)
+
+    def _opt(self, make: Callable[[], Any], name: str) -> Any:
+        root = "model.decoder" if self.has(f"{LANGUAGE}.model.") else "decoder"  # without a head
+        return self.load(make, f"{LANGUAGE}.{root}.{name}.")
+
+    # T5
+
+    @cached_property
+    def t5_config(self) -> Any:
+        from transformers import T5Config
+
+        values = dict(self._language_values())
+        if self.config.vit is not None and "model" not in self.sources:
+            values["dense_act_fn"] = "gelu"  # as LAVIS sets it
+        return _eager(T5Config.from_dict(values))
+
+    def t5_embeddings(self) -> Any:
+        config, make = self.t5_config, self.torch.nn.Embedding
+        names = ("shared", "encoder.embed_tokens", "decoder.embed_tokens")
+        name = next(name for name in names if self.has(f"{LANGUAGE}.{name}."))
+        return self.load(lambda: make(config.vocab_size, config.d_model), f"{LANGUAGE}.{name}.")
+
+    def t5_layer(self, tower: str, index: int) -> Any:
+        from transformers.models.t5.modeling_t5 import T5Block
+
+        config = copy.deepcopy(self.t5_config)
+        config.is_decoder = tower == "decoder"
+        prefix = f"{LANGUAGE}.{tower}.block.{index}."
+        return self.load(lambda: T5Block(config, index == 0, index), prefix)
+
+    def t5_norm(self, tower: str) -> Any:
+        from transformers.models.t5.modeling_t5 import T5LayerNorm
+
+        config = self.t5_config
+        make = partial(T5LayerNorm, config.d_model, config.layer_norm_epsilon)
+        return self.load(make, f"{LANGUAGE}.{tower}.final_layer_norm.")
+
+    def t5_head(self) -> Any:
+        config, name = self.t5_config, f"{LANGUAGE}.lm_head."
+        make = partial(self.torch.nn.Linear, config.d_model, config.vocab_size, bias=False)
+        if self.has(name):
+            return self.load(make, name)
+        head = make(device="meta")
+        head.weight = self.t5_embeddings().weight
+        return head
+
+    def t5_logit_scale(self) -> float:
+        return self.t5_config.d_model**-0.5 if self.t5_config.scale_decoder_outputs else 1.0
 
 
 def _rename(key: str) -> str:

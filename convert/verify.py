@@ -33,6 +33,7 @@ from .convert import Paths, Progress
 from .readers import Source, open_source
 from .recorded import compare_recorded
 from .reference import LANGUAGE, NORM, QFORMER, VISION, Reference
+from .verify_language import compare_opt, compare_t5
 from .verify_qformer import compare_qformer
 
 _ROWS, _TOKENS = 2, 136  # a rotary mistake passes on four tokens
@@ -115,6 +116,8 @@ def _compare_parts(table: Comparison, reference: Reference, *, complete: bool) -
         "vit": (config.vit, f"{VISION}.encoder"),
         "qformer": (config.qformer, QFORMER),
         "llama": (config.llama, f"{LANGUAGE}.model.embed_tokens"),
+        "opt": (config.opt, LANGUAGE),
+        "t5": (config.t5, LANGUAGE),
     }
     held = {path.split("/")[0] for path in table.manifest.dtypes}
     wanted = {name: pair for name, pair in wanted.items() if name in held}
@@ -124,6 +127,7 @@ def _compare_parts(table: Comparison, reference: Reference, *, complete: bool) -
         table.skipped.append("llama: the file of its LoRA adapters was not given")
         given.remove("llama")
     table.num_layers = sum(wanted[name][0].num_layers for name in given)
+    table.num_layers += config.t5.num_decoder_layers if "t5" in given else 0
     pair = _random_tokens(config)
     if "vit" in given:
         has_norm = "ln_vision/scale" in table.manifest.dtypes
@@ -142,8 +146,9 @@ def _compare_parts(table: Comparison, reference: Reference, *, complete: bool) -
         _compare_projection(table, reference, pair)
     elif has_projection:
         table.skipped.append("projection: its file was not given, or there is none yet")
-    if "llama" in given:
-        _compare_llama(table, reference)
+    for name, compare in (("llama", _compare_llama), ("opt", compare_opt), ("t5", compare_t5)):
+        if name in given:
+            compare(table, reference)
 
 
 def _random_tokens(config: ModelConfig) -> np.ndarray:

@@ -54,7 +54,8 @@ def compare_qformer(table: Comparison, reference: Reference, image: np.ndarray) 
         _compare_captions(table, reference, params, ends["caption"][:, q:])
     if model.architecture == "blip2":
         _compare_heads(table, reference, ends)
-    return ends["joint" if model.architecture == "instructblip" else "queries"][:, :q]
+    is_instructed = config.with_text and model.language_model is not None
+    return ends["joint" if is_instructed else "queries"][:, :q]
 
 
 def _uses(config: QformerConfig) -> list[_Use]:
