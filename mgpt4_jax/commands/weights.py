@@ -28,7 +28,7 @@ def _inspect(arguments: Namespace) -> int:
 def _add_sources(parser: ArgumentParser) -> None:
     parser.add_argument("--vit", type=Path, help="eva_vit_g.pth")
     parser.add_argument("--qformer", type=Path, help="blip2_pretrained*.pth")
-    parser.add_argument("--llm", type=Path, help="Hugging Face directory of LLaMA or Vicuna")
+    parser.add_argument("--llm", type=Path, help="Hugging Face directory of Vicuna, LLaMA, OPT or FlanT5")
     parser.add_argument("--llm-delta", type=Path, help="Vicuna delta weights, added to --llm")
     parser.add_argument("--projection", type=Path, help="pretrained_minigpt4*.pth or checkpoint_N.pth")
     parser.add_argument(
@@ -36,7 +36,7 @@ def _add_sources(parser: ArgumentParser) -> None:
         dest="from_dir",
         type=Path,
         metavar="DIR",
-        help="a whole Hugging Face directory: Blip2, InstructBlip (Vicuna) or LLaMA",
+        help="a whole Hugging Face directory: Blip2, InstructBlip, LLaMA, OPT or T5",
     )
 
 
