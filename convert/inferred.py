@@ -121,7 +121,9 @@ def check_config(config: ModelConfig, names: str) -> None:
 def guess_template(config: ModelConfig) -> str:
     """The conversation the published weights were trained with; ``--template`` overrides it."""
     if config.architecture != "minigpt4":
-        return "instructblip" if config.architecture == "instructblip" else "none"
+        return {"instructblip": "instructblip", "blip2_opt": "blip2", "blip2_t5": "blip2"}.get(
+            config.architecture, "none"
+        )
     if config.llama.lora is not None and config.qformer is None:
         return "minigpt_v2"
     return "vicuna_v0" if config.qformer is not None else "llama2"

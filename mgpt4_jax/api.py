@@ -16,9 +16,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mgpt4_jax.checkpoint import ModelManifest, load_params, read_leaf, read_manifest
+from mgpt4_jax.config import ModelConfig
 from mgpt4_jax.data.images import ImageSource, eval_transform, load_image
 from mgpt4_jax.data.prompts import get_template
-from mgpt4_jax.data.text import BertTokenizer, load_bert_tokenizer, load_llama_tokenizer
+from mgpt4_jax.data.text import BertTokenizer, Tokenizer, load_bert_tokenizer, load_llama_tokenizer
+from mgpt4_jax.data.text_lm import load_opt_tokenizer, load_t5_tokenizer
 from mgpt4_jax.errors import UserError
 from mgpt4_jax.generate.answer import Answerer, Generation, Prepared, Question
 from mgpt4_jax.generate.beam_engine import Hypothesis
@@ -26,6 +28,7 @@ from mgpt4_jax.generate.captions import DEFAULTS as CAPTIONS
 from mgpt4_jax.generate.captions import Captioner
 from mgpt4_jax.generate.chat import Chat
 from mgpt4_jax.generate.engine import Engine
+from mgpt4_jax.generate.language import MAX_LENGTH, LanguageEngine
 from mgpt4_jax.generate.memory import MemoryPlan, plan_memory
 from mgpt4_jax.generate.sampling import sampling_params
 from mgpt4_jax.generate.vision import ImageEncoder
@@ -36,7 +39,7 @@ from mgpt4_jax.typing import Bool, Float, Int, Params
 Images = ImageSource | Sequence[ImageSource] | None
 
 DTYPES = ("auto", "float32", "bfloat16")
-ANSWERING = ("minigpt4", "instructblip", "llama")
+ANSWERING = ("minigpt4", "instructblip", "blip2_opt", "blip2_t5", "llama", "opt", "t5")
 TEXT_LENGTH = 32
 MATCH_ROWS = 16  # picture-text pairs in one program of `match`
 
@@ -65,21 +68,48 @@ def load(
     if manifest.config.architecture not in ANSWERING:
         raise UserError(f"{model_dir}: a model of architecture {manifest.config.architecture!r} cannot answer")
     config = manifest.config
+    engine: Engine | LanguageEngine
+    if config.llama is None:
+        engine, tokenizer = _language_engine(model_dir, config, params, plan)
+    else:
+        engine, tokenizer = _llama_engine(model_dir, config, devices, plan)
+    encoder = None if config.vit is None else ImageEncoder(config, params, jnp.dtype(plan.dtype))
+    template = get_template(manifest.template)
+    return Model(manifest, Answerer(engine, tokenizer, template, encoder, _bert(model_dir)), plan)
+
+
+def _llama_engine(model_dir: str | Path, config: ModelConfig, mesh: Mesh, plan: MemoryPlan) -> tuple[Engine, Tokenizer]:
+    """Read and packed a layer at a time."""
     pad = {"pad_token": None} if config.architecture == "instructblip" else {}
     tokenizer = load_llama_tokenizer(Path(model_dir) / "tokenizer", **pad)
     engine = Engine(
         config,
         lambda path, layer: read_leaf(model_dir, f"llama/{path}", layer),
-        devices,
+        mesh,
         dtype=jnp.dtype(plan.dtype),
         slots=plan.slots,
         max_length=plan.max_length,
         eos_ids=(tokenizer.eos_id,),
         bos_id=tokenizer.bos_id,
     )
-    encoder = None if config.vit is None else ImageEncoder(config, params, jnp.dtype(plan.dtype))
-    template = get_template(manifest.template)
-    return Model(manifest, Answerer(engine, tokenizer, template, encoder, _bert(model_dir)), plan)
+    return engine, tokenizer
+
+
+def _language_engine(
+    model_dir: str | Path, config: ModelConfig, params: Params, plan: MemoryPlan
+) -> tuple[LanguageEngine, Tokenizer]:
+    """OPT's answers end with a line break where BLIP-2 taught it so."""
+    directory = Path(model_dir) / "tokenizer"
+    if config.t5 is not None:
+        tokenizer = load_t5_tokenizer(directory)
+        ends, begins = (tokenizer.eos_id,), config.t5.start_id
+    else:
+        tokenizer = load_opt_tokenizer(directory)
+        is_blip2 = config.architecture == "blip2_opt"
+        ends, begins = (tokenizer.encode("\n")[-1] if is_blip2 else tokenizer.eos_id,), tokenizer.bos_id
+    sizes = {"slots": plan.slots, "max_length": plan.max_length}
+    engine = LanguageEngine(config, params, dtype=jnp.dtype(plan.dtype), **sizes, eos_ids=ends, bos_id=begins)
+    return engine, tokenizer
 
 
 def make_plan(
@@ -91,7 +121,7 @@ def make_plan(
     if max_length is not None and max_length < 2:
         raise UserError(f"max_length must be at least 2, got {max_length}")
     config = manifest.config
-    limit = 1 if config.llama is None else config.llama.max_positions
+    limit = 1 if config.language_model is None else getattr(config.language_model, "max_positions", MAX_LENGTH)
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     plan_of = partial(plan_memory, config, mesh, max_length=min(max_length or limit, limit))
     rows = slots or (8 if on_cpu else 32)

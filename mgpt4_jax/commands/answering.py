@@ -66,7 +66,7 @@ def _load(arguments: Namespace, slots: int | None) -> Model:
 
     options = {"dtype": arguments.dtype, "max_length": arguments.max_length, "slots": slots}
     manifest = read_manifest(arguments.model)
-    if manifest.config.llama is None:
+    if manifest.config.language_model is None:
         raise UserError(
             f"{arguments.model}: a {manifest.config.architecture} model writes no text; "
             "use it from Python: mgpt4_jax.load"

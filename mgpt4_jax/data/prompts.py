@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 
 from mgpt4_jax.data.text import Tokenizer, require_encodable
+from mgpt4_jax.data.text_lm import FramedTokenizer
 from mgpt4_jax.errors import UserError
 
 IMAGE = "<ImageHere>"
@@ -103,9 +104,20 @@ LLAMA2 = dataclasses.replace(_INST, name="llama2", system=_IMAGE_SYSTEM, trainin
 INSTRUCTBLIP = Template(
     name="instructblip", user_end="\n", assistant_end="\n", reserved=("<s>", "</s>", IMAGE), images_first=True
 )
+BLIP2 = Template(  # on OPT and T5, whose tokenisers say what stands around a text
+    name="blip2",
+    user_end="\n",
+    assistant_end="\n",
+    end_symbol="\n",
+    stops=(),
+    reserved=("</s>", IMAGE),
+    images_first=True,
+)
 NONE = Template(name="none")
 
-TEMPLATES = {template.name: template for template in (VICUNA_V0, VICUNA_V1, LLAMA2, MINIGPT_V2, INSTRUCTBLIP, NONE)}
+TEMPLATES = {
+    template.name: template for template in (VICUNA_V0, VICUNA_V1, LLAMA2, MINIGPT_V2, INSTRUCTBLIP, BLIP2, NONE)
+}
 
 
 def get_template(name: str) -> Template:
@@ -138,7 +150,8 @@ def build_prompt(
 ) -> Prompt:
     """Tokenise a whole prompt, its ``<ImageHere>`` placeholders turned into image slots.
 
-    Each stretch of text is tokenised by itself, and only the first gets the beginning-of-sequence id.
+    Each stretch of text is tokenised by itself, and only the first gets the beginning-of-sequence id, or of OPT and T5
+    what their models expect around a text.
     With ``images_first`` the pictures stand before that id and ``text`` has no placeholders.
 
     Raises:
@@ -149,7 +162,11 @@ def build_prompt(
     if images_first:
         if IMAGE in text:
             raise UserError(f"this model reads its pictures before the text; remove {IMAGE} from the prompt")
-        parts: list[Sequence[int] | int] = [*range(num_images), tokenizer.encode(text, add_bos=add_bos)]
+        if isinstance(tokenizer, FramedTokenizer) and add_bos:
+            text_ids = tokenizer.encode_whole(text)
+        else:
+            text_ids = tokenizer.encode(text, add_bos=add_bos)
+        parts: list[Sequence[int] | int] = [*range(num_images), text_ids]
     else:
         segments = text.split(IMAGE)
         if len(segments) - 1 != num_images:

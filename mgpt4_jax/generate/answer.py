@@ -15,9 +15,11 @@ import numpy as np
 from mgpt4_jax.data.images import ImageSource, eval_transform, load_image
 from mgpt4_jax.data.prompts import Prompt, Template, clean_answer, prepare_prompt, stop_sequences
 from mgpt4_jax.data.text import BertTokenizer, StreamDecoder, Tokenizer
+from mgpt4_jax.data.text_lm import FramedTokenizer
 from mgpt4_jax.errors import UserError
 from mgpt4_jax.generate.beam_engine import BeamEngine, Hypothesis
 from mgpt4_jax.generate.engine import Engine
+from mgpt4_jax.generate.language import LanguageEngine
 from mgpt4_jax.generate.requests import Request, check_num_images
 from mgpt4_jax.generate.sampling import MAX_STOPS, SamplingParams
 from mgpt4_jax.generate.stop_texts import TokenTexts, stop_table
@@ -127,6 +129,8 @@ class AnswerText:
         """The whole text, with what the decoder held back."""
         if not self._stopped:
             self._add(self._decoder.finish())
+        if not self._stopped and isinstance(self.tokenizer, FramedTokenizer):
+            self.text = self.tokenizer.decode(self.ids)  # it may have taken back a blank that was shown
         return self.text
 
     def take(self, *, final: bool = False) -> str:
@@ -147,7 +151,7 @@ def _overlaps(text: str, stop: str) -> Iterator[int]:
 class Answerer:
     """Everything that answers: tokenisers, picture encoder, engine, template. One thread at a time."""
 
-    engine: Engine
+    engine: Engine | LanguageEngine
     tokenizer: Tokenizer
     template: Template
     encoder: ImageEncoder | None = None

@@ -14,6 +14,7 @@ from mgpt4_jax.memory import free_memory, readable
 from mgpt4_jax.models import abstract_params
 from mgpt4_jax.typing import DType
 
+LANGUAGE = ("llama/", "opt/", "t5/")  # where the language models' parameters lie
 WORK_BYTES = 1 << 29  # activations of the picture side and of a prefill, and the compiler
 
 
@@ -51,9 +52,7 @@ def plan_memory(config: ModelConfig, mesh: Mesh, dtype: DType, slots: int, max_l
     language, rest = _sizes(config)
     width = jnp.dtype(dtype).itemsize
     cuts = mesh.shape["fsdp"] * mesh.shape["tensor"]
-    llama, cache = config.llama, 0
-    if llama is not None:
-        cache = 2 * llama.num_layers * llama.num_kv_heads * llama.head_dim * slots * max_length
+    cache = _cache_size(config) * slots * max_length
     devices = mesh.devices.size
     return MemoryPlan(
         dtype=jnp.dtype(dtype).name,
@@ -66,9 +65,20 @@ def plan_memory(config: ModelConfig, mesh: Mesh, dtype: DType, slots: int, max_l
     )
 
 
+def _cache_size(config: ModelConfig) -> int:
+    """Numbers that are kept of one position."""
+    if config.llama is not None:
+        return 2 * config.llama.num_layers * config.llama.num_kv_heads * config.llama.head_dim
+    if config.opt is not None:
+        return 2 * config.opt.num_layers * config.opt.hidden_size
+    if config.t5 is not None:  # a position of the prompt, or of the answer
+        return 2 * config.t5.num_decoder_layers * config.t5.num_heads * config.t5.head_dim
+    return 0
+
+
 @lru_cache
 def _sizes(config: ModelConfig) -> tuple[int, int]:
     """Parameters of the language model, and of the rest."""
     leaves = flatten(abstract_params(config))
-    language = sum(leaf.size for path, leaf in leaves.items() if path.startswith("llama/"))
+    language = sum(leaf.size for path, leaf in leaves.items() if path.startswith(LANGUAGE))
     return language, sum(leaf.size for leaf in leaves.values()) - language

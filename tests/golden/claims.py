@@ -82,6 +82,7 @@ STAGE1_STEPS = ("loss_*", "params_after_step*", "config.param_groups")
 GENERATIVE_FIELDS = ("inputs_embeds", "attention_mask", "targets", "logits", "loss", "input_ids")
 ON_OPT = (*(f"*prompt_{field}" for field in GENERATIVE_FIELDS), "grads_*prompt")
 ON_T5 = (*GENERATIVE_FIELDS, "input_mask", "decoder_attention_mask", "encoder_last", "grads")
+ANSWERS = ("gen_*", "vqa_ids")
 SAVED = ("config.saved_checkpoint_model_keys",)
 
 CHECKED = {
@@ -96,14 +97,15 @@ CHECKED = {
     "minigptv2_lora": (*ADAPTED, *ADAPTED_FILE),
     "lr_schedule": SCHEDULES,
     "adamw_minigpt4": (*TRAJECTORY, *SAVED),
-    "blip2_opt": (*ON_OPT, *TRAINED),
-    "blip2_t5": (*ON_T5, *TRAINED),
+    "blip2_opt": (*ON_OPT, *TRAINED, *ANSWERS),
+    "blip2_t5": (*ON_T5, *TRAINED, *ANSWERS),
     "preprocess": (*EVALUATION_TRANSFORM, *RESIZED, *TRAINING_TRANSFORM, *CAPTIONS),
 }
 # What the original drew at random or was told: tests start from it.
 GIVEN = {
     "blip2_stage1": ("neg_*_idx", "ret_neg_*_idx", "ret_image_id", "itm_labels"),
-    "blip2_opt": ("*prompt_prompt_length",),
+    "blip2_opt": ("*prompt_prompt_length", "vqa_input_*"),
+    "blip2_t5": ("vqa_input_*",),
     "preprocess": ("train_box_*", "train_flip_*"),
     "lr_schedule": ("*_epoch_step",),
     "adamw_minigpt4": ("lr_*",),

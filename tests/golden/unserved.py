@@ -8,14 +8,9 @@ from __future__ import annotations
 
 from cases import Case, is_claimed
 
-ANSWERS = "answers of BLIP-2 on OPT and FlanT5"
 NOT_RECORDED = "nothing: the answers that were ranked are not recorded"
 
-UNSERVED = {
-    "blip2_opt": {"gen_*": ANSWERS, "vqa_*": ANSWERS},
-    "blip2_t5": {"gen_*": ANSWERS, "vqa_*": ANSWERS},
-    "minigpt4": {"config.multi_select_ranks": NOT_RECORDED},
-}
+UNSERVED = {"minigpt4": {"config.multi_select_ranks": NOT_RECORDED}}
 
 
 def unserved(case: Case) -> list[tuple[str, str]]:
