@@ -98,6 +98,7 @@ class _Trainer:
 
     def __post_init__(self) -> None:
         self.config = self.plan.config
+        _ = self.data.rows.tokenizer  # read before the weights, which may take minutes
         self.checkpoints = Checkpoints(self.run / "checkpoints", self.config.checkpoint)
         self.bad = BadSamples(self.config.data.max_bad_share)
 
@@ -204,7 +205,16 @@ class _Trainer:
         self.pending = _Pending(done + 1, metrics, batch, rate, wait, self.programs.flops[length])
 
     def _agreed(self, batch: TrainBatch) -> TrainBatch:
-        """Padded to the longest bucket that any host needs for this step; with one bucket nobody need ask."""
+        """Padded to the longest bucket that any host needs for this step; with one bucket nobody need ask.
+
+        Its words must have rows in the model's table: others would be NaN.
+        """
+        model, largest = self.plan.model, int(batch.ids.max())
+        if largest >= (known := (model.llama or model.qformer).vocab_size):
+            raise UserError(
+                f"{self.config.model}: its tokeniser gives token {largest} and its model knows {known:,}, so one of "
+                "them is another model's; convert it again with the right --tokenizer"
+            )
         if len(self.data.buckets) == 1:
             return batch
         return pad_batch(batch, agree_max(batch.ids.shape[1]), pad_id=self.data.rows.pad_id)

@@ -80,7 +80,7 @@ def events(run: Path) -> list[str]:
 
 
 def checkpoint_steps(run: Path) -> list[int]:
-    return sorted(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdecimal())
+    return sorted(int(path.name) for path in run.glob("checkpoints/*") if path.name.isdecimal())
 
 
 def state_digits(run: Path, step: int) -> dict[str, str]:

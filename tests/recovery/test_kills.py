@@ -59,7 +59,7 @@ class Runs:
     def kill(self, kind: str) -> None:
         """One kill of that kind; a run that ends before its moment is held to the reference, and another begins."""
         while True:
-            before = saved(self.run)
+            before = checkpoint_steps(self.run)
             attempt = self.start()
             if self._moment(kind, attempt):
                 attempt.kill()
@@ -94,7 +94,7 @@ class Runs:
 
     def _look(self, before: list[int], attempt: Attempt) -> None:
         """What a kill left: whole checkpoints, none lost, and the losses of all their steps in the log."""
-        after, said = saved(self.run), attempt.said()
+        after, said = checkpoint_steps(self.run), attempt.said()
         assert not before or after[-1] >= before[-1]
         if "goes on from checkpoint" in said:
             assert f"goes on from checkpoint {before[-1]}\n" in said
@@ -134,10 +134,6 @@ def unfinished(checkpoints: Path) -> bool:
         return any(".orbax-checkpoint-tmp" in name for name in os.listdir(checkpoints))
     except FileNotFoundError:
         return False
-
-
-def saved(run: Path) -> list[int]:
-    return checkpoint_steps(run) if (run / "checkpoints").exists() else []
 
 
 def log_size(run: Path) -> int:
@@ -205,11 +201,11 @@ def test_killed_with_data_workers(world: World, whole: Path, tmp_path: Path) -> 
     path.write_text(yaml.safe_dump(world.config(run, data={"num_workers": 2})))
     command = [sys.executable, "-m", "mgpt4_jax.cli", "train", "--config", str(path)]
     first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while not saved(run) and first.poll() is None:
+    while not checkpoint_steps(run) and first.poll() is None:
         time.sleep(0.001)
     first.kill()
     assert first.wait() == -9
-    assert 0 < saved(run)[-1] < 20
+    assert 0 < checkpoint_steps(run)[-1] < 20
     assert world.start(run, data={"num_workers": 2}) == 0
     assert_same(run, whole)
     first.communicate()
