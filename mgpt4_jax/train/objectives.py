@@ -69,7 +69,7 @@ def training_model(config: TrainConfig, model: ModelConfig, trained: Iterable[st
     """The module that is trained. ``trained`` are parameter paths: a part without any stays in evaluation mode."""
     parts = {path.split("/")[0] for path in trained}
     changes: dict[str, Any] = {}
-    for name in ("vit", "qformer", "llama"):
+    for name in ("vit", "qformer", "llama", "opt", "t5"):
         part = getattr(model, name)
         if part is not None:
             changes[name] = dataclasses.replace(part, remat=config.remat)

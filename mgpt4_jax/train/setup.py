@@ -72,9 +72,10 @@ class Plan:
 def make_plan(config: TrainConfig, mesh: Mesh) -> Plan:
     """Refuses what does not fit together, before anything large is read."""
     manifest = read_manifest(config.model)
-    kind, wanted = manifest.config.architecture, STAGES[config.objective].architecture
-    if kind != wanted:
-        raise UserError(f"{config.model}: objective {config.objective!r} trains a {wanted} model, not {kind}")
+    kind, wanted = manifest.config.architecture, STAGES[config.objective].architectures
+    if kind not in wanted:
+        names = " or ".join(wanted)
+        raise UserError(f"{config.model}: objective {config.objective!r} trains a {names} model, not {kind}")
     model = _with_adapters(config, manifest.config)
     paths = flatten(abstract_params(model))
     trained = trainable_paths(paths, config.trainable)

@@ -9,8 +9,10 @@ from pathlib import Path
 import flax.linen as nn
 
 from mgpt4_jax.checkpoint import ModelManifest
+from mgpt4_jax.data.generative_rows import GenerativeRows
 from mgpt4_jax.data.prompts import get_template
 from mgpt4_jax.data.rows import PairBuilder, RowBuilder, Rows
+from mgpt4_jax.train.generative import prefix_objective
 from mgpt4_jax.train.objectives import Objective, caption_objective
 from mgpt4_jax.train.pretraining import pretraining_objective
 from mgpt4_jax.train_config import TrainConfig
@@ -21,7 +23,7 @@ class Stage:
     """One value of ``objective``.
 
     Args:
-      architecture: the kind of model that it trains.
+      architectures: the kinds of models that it trains.
       rows: how samples become sequences.
       objective: the loss of a module, given the rows.
       tells: whether the model can be asked for captions as it stands.
@@ -29,7 +31,7 @@ class Stage:
         would be another loss.
     """
 
-    architecture: str
+    architectures: tuple[str, ...]
     rows: Callable[[TrainConfig, ModelManifest], Rows]
     objective: Callable[[nn.Module, Rows], Objective]
     tells: bool = True
@@ -56,14 +58,30 @@ def _pretraining(module: nn.Module, rows: Rows) -> Objective:
     return pretraining_objective(module, dec_id=rows.tokenizer.dec_id, pad_id=rows.pad_id)
 
 
+def _generative_rows(config: TrainConfig, manifest: ModelManifest) -> Rows:
+    return GenerativeRows(
+        Path(config.model) / "tokenizer",
+        config.text,
+        manifest.config.tokens_per_image,
+        manifest.config.t5 is not None,
+        config.data.clean_captions,
+    )
+
+
+def _generative(module: nn.Module, rows: Rows) -> Objective:
+    assert isinstance(rows, GenerativeRows)
+    return prefix_objective(module) if rows.is_t5 else caption_objective(module)
+
+
 def _captioning(module: nn.Module, rows: Rows) -> Objective:
     return caption_objective(module, rows.text.max_text_length)
 
 
-_LANGUAGE = Stage("minigpt4", _language_rows, _captioning)
+_LANGUAGE = Stage(("minigpt4",), _language_rows, _captioning)
 
 STAGES = {
     "align": _LANGUAGE,
     "finetune": _LANGUAGE,
-    "qformer_pretrain": Stage("blip2", _pairs, _pretraining, tells=False, needs_whole_batches=True),
+    "generative": Stage(("blip2_opt", "blip2_t5"), _generative_rows, _generative, tells=False),
+    "qformer_pretrain": Stage(("blip2",), _pairs, _pretraining, tells=False, needs_whole_batches=True),
 }
