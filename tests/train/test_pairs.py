@@ -25,6 +25,6 @@ def test_held_out_scenes_are_new_and_captions_tell_scenes_apart(tmp_path: Path) 
 
 
 def test_a_short_run_tells_held_out_pairs_apart(tmp_path: Path) -> None:
-    """A tenth of `make learn`: R@1 by contrast at least eight times that of chance, 0.01, both ways."""
+    """A tenth of `make learn`: R@1 by contrast at least 20 times that of chance, 0.01, both ways."""
     model, others = learn(tmp_path, train=1200, steps_per_epoch=60, checkpoint__every=60, optim__warmup_steps=20)
-    assert min(recalls(model, others).contrast) >= 0.08
+    assert min(recalls(model, others).contrast) >= 0.2
