@@ -204,6 +204,33 @@ def test_rows_of_all_kinds(network: Network, rules: str) -> None:
     assert len(set(ends)) > 10, "the rows do not differ enough to tell the rules apart"
 
 
+@pytest.mark.parametrize("rules", RULES)
+def test_a_search_goes_on_as_long_as_it_may_find_better(network: Network, rules: str) -> None:
+    """Many stops: all hypotheses are there early, and whether to go on is decided by what could come."""
+    rng = np.random.default_rng(11)
+    states = np.tile(rng.normal(size=(150, WIDTH)).astype(np.float32) * 2, (2, 1))
+    rows = [
+        SamplingParams(
+            max_new_tokens=ROOM,
+            stop_ids=((7,), (8,), (9,)),
+            num_beams=BEAMS,
+            length_penalty=penalty,
+            early_stopping=early,
+        )
+        for penalty, early in ((1.0, False), (0.6, "never"))
+        for _ in range(150)
+    ]
+    found = search(network, states, rows, rules)
+    compared = 0
+    for row, params in enumerate(rows):
+        slow = Slow(network, states[row], params, rules)
+        expected = slow.run()
+        if min(slow.gaps) > GAP:
+            assert_equal(found, row, slow, expected)
+            compared += 1
+    assert compared > 200
+
+
 def test_the_rules_differ(network: Network) -> None:
     states, rows = random_rows(60)
     old, new = (search(network, states, rows, rules) for rules in RULES)
