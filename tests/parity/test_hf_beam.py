@@ -134,7 +134,7 @@ def test_prompts_as_ids(pair, beams, prompts, name):
 
 @pytest.mark.parametrize("name", ["plain", "n_best", "penalised"])
 def test_prompts_as_embeddings(pair, beams, prompts, name):
-    """No prompt is penalised. One by one: of a batch transformers 5.23 spares as many new tokens as there is padding."""
+    """No prompt is penalised. One by one: of a batch transformers 5.23 spares new tokens for each pad token."""
     embed, theirs = pair.torch.get_input_embeddings(), []
     for ids in prompts:
         given = {"inputs_embeds": embed(torch.from_numpy(ids).long())[None].detach()}
