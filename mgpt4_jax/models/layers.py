@@ -188,14 +188,19 @@ def scan_layers(
     The layer takes ``(x, *shared, cache)`` and returns ``(x, cache)``; ``caches`` has a leading ``l`` too,
     and without caches none are kept. What a layer sows into ``intermediates`` is stacked, which is what
     layer-by-layer parity reads.
+
+    For the backward pass a layer keeps what its matrices gave, as far as it is needed, and computes again what lies
+    between: norms, attention, activations, together some hundredths of the work. With ``remat`` it keeps its input
+    alone and computes all of it again.
     """
+    kept = None if remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
 
     def body(layer: nn.Module, x: Array, cache: Cache | None, *shared: Any) -> tuple[Array, Cache | None]:
         x, new_cache = layer(cut_by_rows(x), *shared, cache)
         return cut_by_rows(x), None if cache is None else new_cache
 
     scanned = nn.scan(
-        nn.remat(body, prevent_cse=False) if remat else body,
+        nn.remat(body, prevent_cse=False, policy=kept),
         variable_axes={"params": 0, "intermediates": 0},
         split_rngs={"params": True, "dropout": True},
         length=length,
