@@ -17,6 +17,7 @@ import os
 import re
 import sys
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,9 +199,11 @@ def _be_quiet() -> None:
     """An error of a read or a write is raised to us, and told in one line; Orbax tells it too, in many.
 
     It logs it in each of its threads. And the other reads and writes of that checkpoint end, some of them later, with
-    nobody to take their result: each would print a traceback.
+    nobody to take their result: each would print a traceback or a warning.
     """
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     before = sys.unraisablehook
     if getattr(before, "is_quiet", False):
         return

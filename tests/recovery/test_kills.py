@@ -143,9 +143,8 @@ def log_size(run: Path) -> int:
 
 def start(world: World, run: Path, screen: Path) -> Attempt:
     validation = [{"kind": "jsonl", "path": str(world.validation)}]
-    return Attempt(
-        world.config(run, **CHANGES, steps_per_epoch=STEPS, data={"validation": validation}), screen, *options
-    )
+    config = world.config(run, **CHANGES, steps_per_epoch=STEPS, data={"validation": validation})
+    return Attempt(config, screen)
 
 
 @pytest.fixture(scope="module")
