@@ -156,7 +156,7 @@ def test_a_long_chat_drops_its_oldest_tokens(model: Model, caplog: pytest.LogCap
         (["word " * 400], None, {}, "exceed the context"),
         (["a"], None, {"temperature": -1}, "temperature"),
         (["a"], None, {"template": "llama9"}, "unknown template"),
-        (["a"], None, {"num_beams": 2, "temperature": 1.0}, "num_beams 2 draws nothing"),
+        (["a"], None, {"num_beams": 2, "temperature": 1.0}, "num_beams 2 searches and draws nothing"),
         (["a"], None, {"num_beams": 2, "max_new_tokens": 1000}, "exceed the context"),
         (["a"], None, {"max_new_tokens": 10**6}, "max_new_tokens"),
     ],
