@@ -109,23 +109,25 @@ def _make_state(config: TrainConfig, trainable: Params, optimizer: optax.Gradien
     return make_state(trainable, optimizer, seed=config.seed, with_average=config.optim.ema_decay > 0)
 
 
-def weight_table(plan: Plan) -> str:
-    """A line for each part of the model: parameters, and bytes on one device."""
-    leaves = flatten(abstract_params(plan.model))
-    rows: dict[tuple[str, bool], list[int]] = {}
-    for path, leaf in leaves.items():
+def _weights(plan: Plan) -> tuple[dict[tuple[str, bool], list[int]], int]:
+    """([parameters, bytes on one device] of each part, by whether they are trained; bytes of the optimiser there)."""
+    parts: dict[tuple[str, bool], list[int]] = {}
+    for path, leaf in flatten(abstract_params(plan.model)).items():
         is_trained = path in plan.trained
         dtype = jnp.float32 if is_trained else plan.dtype
-        row = rows.setdefault((path.split("/")[0], is_trained), [0, 0])
-        row[0] += leaf.size
-        row[1] += bytes_per_device(leaf.shape, dtype, plan.shardings[path])
-    moments = sum(
-        bytes_per_device(leaf.shape, leaf.dtype, leaf.sharding)
-        for leaf in jax.tree.leaves((plan.abstract.optimizer, plan.abstract.average))
-    )
+        part = parts.setdefault((path.split("/")[0], is_trained), [0, 0])
+        part[0] += leaf.size
+        part[1] += bytes_per_device(leaf.shape, dtype, plan.shardings[path])
+    moments = jax.tree.leaves((plan.abstract.optimizer, plan.abstract.average))
+    return parts, sum(bytes_per_device(leaf.shape, leaf.dtype, leaf.sharding) for leaf in moments)
+
+
+def weight_table(plan: Plan) -> str:
+    """A line for each part of the model: parameters, and bytes on one device."""
+    parts, moments = _weights(plan)
     mesh = ", ".join(f"{axis}={size}" for axis, size in plan.mesh.shape.items())
     lines = [f"parameters, and what they take on each of {plan.mesh.size} devices ({mesh}):"]
-    for (part, is_trained), (count, size) in rows.items():
+    for (part, is_trained), (count, size) in parts.items():
         kind = "trained, float32" if is_trained else f"frozen, {plan.dtype.name}"
         lines.append(f"  {part:<12} {count:>15,}  {readable(size):>9}  {kind}")
     return "\n".join([*lines, f"  {'optimiser':<12} {'':>15}  {readable(moments):>9}  moments of what is trained"])
@@ -152,13 +154,34 @@ def open_data(plan: Plan, say: Say) -> Data:
 
 
 def load_state(plan: Plan) -> tuple[TrainState, Params]:
-    """(the state before the first step, frozen parameters), read part by part onto their devices."""
+    """(the state before the first step, frozen parameters), read part by part onto their devices.
+
+    Raises:
+      UserError: they do not fit there; nothing was read.
+    """
+    _check_room(plan)
     adapters = {path for path in plan.trained if path not in plan.manifest.dtypes}
     params = load_params(plan.config.model, lambda path: jnp.float32 if path in plan.trained else plan.dtype, plan.mesh)
     leaves = flatten(params) | _new_adapters(plan, adapters)
     trainable, frozen = split(nest(leaves), set(plan.trained))
-    make = jax.jit(lambda leaves: _make_state(plan.config, leaves, plan.optimizer), out_shardings=plan.state_shardings)
+    make = jax.jit(
+        lambda leaves: _make_state(plan.config, leaves, plan.optimizer),
+        out_shardings=plan.state_shardings,
+        donate_argnums=0,  # what is trained lies there once
+    )
     return make(trainable), frozen
+
+
+def _check_room(plan: Plan) -> None:
+    parts, moments = _weights(plan)
+    held = moments + sum(size for _, size in parts.values())
+    devices = plan.mesh.local_devices
+    free = free_memory(devices[0], len(devices))
+    if free is not None and held > free:
+        raise UserError(
+            f"{plan.config.model}: its parameters and the optimiser take {readable(held)} on each device, where "
+            f"{readable(free)} are free; cut it over more devices with --mesh fsdp=N, or train less of it"
+        )
 
 
 def _new_adapters(plan: Plan, paths: set[str]) -> dict[str, jax.Array]:
