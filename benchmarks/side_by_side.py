@@ -2,36 +2,28 @@
 
     python benchmarks/side_by_side.py [--rounds 7] [--layers 12] [--width 1024]
 
-Each side runs in its own process and waits while the other one works. A round measures every task once
-on each side, in alternating order; the table gives medians and the median of the rounds' ratios
-(PyTorch's time / ours: above 1 we are faster). Decoding is the time of N new tokens less that of one,
-divided by N - 1, both through the public way: `generate` there, `Engine.run` here.
+The table gives medians and the median of the rounds' ratios (PyTorch's time / ours: above 1 we are faster). Decoding is
+the time of N new tokens less that of one, divided by N - 1, both through the public way: `generate` there, `Engine.run`
+here.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from interleaved import SIDES, Answer, measure, print_table, serve, timed
 
 TASKS = {
-    "encode 1 picture": ("encode", {"rows": 1}),
-    "encode 4 pictures": ("encode", {"rows": 4}),
-    "prefill 1 x 256": ("generate", {"rows": 1, "length": 256, "new": 1}),
-    "prefill 4 x 256": ("generate", {"rows": 4, "length": 256, "new": 1}),
-    "decode 1 row, a token": ("decode", {"rows": 1, "length": 64, "new": 33}),
-    "decode 8 rows, a token": ("decode", {"rows": 8, "length": 64, "new": 33}),
+    "encode 1 picture": {"action": "encode", "rows": 1},
+    "encode 4 pictures": {"action": "encode", "rows": 4},
+    "prefill 1 x 256": {"action": "generate", "rows": 1, "length": 256, "new": 1},
+    "prefill 4 x 256": {"action": "generate", "rows": 4, "length": 256, "new": 1},
+    "decode 1 row, a token": {"action": "decode", "rows": 1, "length": 64, "new": 33},
+    "decode 8 rows, a token": {"action": "decode", "rows": 8, "length": 64, "new": 33},
 }
 VOCAB = 32000
 HEAD_DIM = 64
@@ -46,62 +38,13 @@ def main() -> None:
     parser.add_argument("--models", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
-        serve(SIDES[args.side](args.models))
+        serve({"torch": torch_side, "jax": jax_side}[args.side](args.models))
         return
     with tempfile.TemporaryDirectory() as folder:
         models = Path(folder)
         write_models(models, args.layers, args.width)
-        report(measure(models, args.rounds), args)
-
-
-# --- the driver ------------------------------------------------------------------------------------------
-
-
-def measure(models: Path, rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds of every task on each side, a list over the rounds; the first round warms up and is dropped."""
-    sides = {side: start_side(side, models) for side in SIDES}
-    seconds: dict[str, dict[str, list[float]]] = {task: {side: [] for side in SIDES} for task in TASKS}
-    for number in range(rounds + 1):
-        order = list(SIDES) if number % 2 else list(reversed(SIDES))
-        for task, (action, fields) in TASKS.items():
-            for side in order:
-                taken = ask(sides[side], {"action": action, **fields, "seed": number})
-                if number:
-                    seconds[task][side].append(taken)
-        print(f"round {number} of {rounds}" + (" (warm-up)" if number == 0 else ""), file=sys.stderr, flush=True)
-    for process in sides.values():
-        process.stdin.close()  # type: ignore[union-attr]
-        process.wait()
-    return seconds
-
-
-def start_side(side: str, models: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, __file__, "--side", side, "--models", str(models)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-
-def ask(process: subprocess.Popen[str], task: dict[str, Any]) -> float:
-    process.stdin.write(json.dumps(task) + "\n")  # type: ignore[union-attr]
-    process.stdin.flush()  # type: ignore[union-attr]
-    answer = process.stdout.readline()  # type: ignore[union-attr]
-    if not answer:
-        raise SystemExit(f"a side stopped while doing {task}")
-    return json.loads(answer)["seconds"]
-
-
-def report(seconds: dict[str, dict[str, list[float]]], args: argparse.Namespace) -> None:
-    print(f"{args.layers} layers of {args.width}, float32, {os.cpu_count()} cores ({platform.machine()}), ", end="")
-    print(f"{args.rounds} interleaved rounds, {time.strftime('%Y-%m-%d')}\n")
-    print("| task | PyTorch, ms | ours, ms | ratio (median of rounds) | least .. most |")
-    print("|---|---|---|---|---|")
-    for task, sides in seconds.items():
-        torch_ms, jax_ms = (statistics.median(sides[side]) * 1e3 for side in ("torch", "jax"))
-        ratios = [theirs / ours for theirs, ours in zip(sides["torch"], sides["jax"], strict=True)]
-        row = f"{statistics.median(ratios):.2f} | {min(ratios):.2f} .. {max(ratios):.2f}"
-        print(f"| {task} | {torch_ms:.1f} | {jax_ms:.1f} | {row} |")
-
-
-# --- the two sides ---------------------------------------------------------------------------------------
+        answers = measure(__file__, ["--models", str(models)], TASKS, args.rounds)
+        print_table(answers, f"{args.layers} layers of {args.width}, float32")
 
 
 def write_models(models: Path, layers: int, width: int) -> None:
@@ -133,13 +76,6 @@ def write_models(models: Path, layers: int, width: int) -> None:
     convert(from_dir=models / "blip2", overrides=overrides, out=models / "blip2_jax")
 
 
-def serve(run: Callable[..., float]) -> None:
-    """Answer tasks from stdin, one JSON line each, with the seconds that the work took."""
-    for line in sys.stdin:
-        task = json.loads(line)
-        print(json.dumps({"seconds": run(**task)}), flush=True)
-
-
 def pictures(rows: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((rows, 224, 224, 3), dtype=np.float32)
 
@@ -148,7 +84,7 @@ def prompts(rows: int, length: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(3, VOCAB, (rows, length)).astype(np.int32)
 
 
-def torch_side(models: Path) -> Callable[..., float]:
+def torch_side(models: Path) -> Callable[..., Answer]:
     import torch
     from transformers import Blip2ForImageTextRetrieval, LlamaForCausalLM
 
@@ -156,21 +92,21 @@ def torch_side(models: Path) -> Callable[..., float]:
     vit = Blip2ForImageTextRetrieval.from_pretrained(models / "blip2", dtype=torch.float32).vision_model.eval()
 
     @torch.inference_mode()
-    def run(action: str, rows: int, seed: int, length: int = 0, new: int = 0) -> float:
+    def run(action: str, rows: int, seed: int, length: int = 0, new: int = 0) -> Answer:
         if action == "encode":
             pixels = torch.tensor(pictures(rows, seed).transpose(0, 3, 1, 2).copy())
-            return timed(lambda: vit(pixels))
+            return {"seconds": timed(lambda: vit(pixels))}
         ids = torch.tensor(prompts(rows, length, seed))
 
         def generate(count: int) -> None:
             llama.generate(ids, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0)
 
-        return per_token(generate, new) if action == "decode" else timed(lambda: generate(new))
+        return {"seconds": per_token(generate, new) if action == "decode" else timed(lambda: generate(new))}
 
     return run
 
 
-def jax_side(models: Path) -> Callable[..., float]:
+def jax_side(models: Path) -> Callable[..., Answer]:
     import jax
     import jax.numpy as jnp
 
@@ -185,10 +121,10 @@ def jax_side(models: Path) -> Callable[..., float]:
     config = read_manifest(models / "llm_jax").config
     engine = Engine(config, load_params(models / "llm_jax", jnp.float32), slots=8, eos_ids=())
 
-    def run(action: str, rows: int, seed: int, length: int = 0, new: int = 0) -> float:
+    def run(action: str, rows: int, seed: int, length: int = 0, new: int = 0) -> Answer:
         if action == "encode":
             pixels = pictures(rows, seed)
-            return timed(lambda: jax.block_until_ready(encode(vision, pixels)))
+            return {"seconds": timed(lambda: jax.block_until_ready(encode(vision, pixels)))}
         ids = prompts(rows, length, seed)
 
         def generate(count: int) -> None:
@@ -196,7 +132,7 @@ def jax_side(models: Path) -> Callable[..., float]:
             requests = [Request(row, np.full(length, -1, np.int32), None, sampling) for row in ids]
             assert sum(len(update.ids) for update in engine.run(requests, chunk=32)) == rows * count
 
-        return per_token(generate, new) if action == "decode" else timed(lambda: generate(new))
+        return {"seconds": per_token(generate, new) if action == "decode" else timed(lambda: generate(new))}
 
     return run
 
@@ -204,14 +140,6 @@ def jax_side(models: Path) -> Callable[..., float]:
 def per_token(generate: Callable[[int], None], new: int) -> float:
     return (timed(lambda: generate(new)) - timed(lambda: generate(1))) / (new - 1)
 
-
-def timed(action: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
-
-
-SIDES: dict[str, Callable[[Path], Callable[..., float]]] = {"torch": torch_side, "jax": jax_side}
 
 if __name__ == "__main__":
     main()
