@@ -41,7 +41,6 @@ _RENAMES = (
     (r"qformer\.embeddings\.(word|position)_embeddings\.weight", r"embeddings.\1_embeddings.weight"),
     (r"vision_proj\.(.*)", r"vision_projection.\1"),
     (r"text_proj\.(.*)", r"text_projection.\1"),
-    (r"(?:llama|llm|opt|t5)_proj\.(.*)", r"language_projection.\1"),
     (r"(?:.*\.)?(model\.layers\..*\.lora_[AB])(?:\.default)?\.weight", rf"{LANGUAGE}.\1.weight"),
     (r"((?:model|lm_head|shared|encoder|decoder)\..*)", rf"{LANGUAGE}.\1"),
 )
@@ -62,7 +61,7 @@ class Reference:
         self._owner: dict[str, tuple[str, str]] = {}
         for role, source in sources.items():
             for key in source.tensors():
-                name = _rename(key)
+                name = _rename(key, config)
                 if name not in self._owner or _rank(name, role) > _rank(name, self._owner[name][0]):
                     self._owner[name] = role, key
 
@@ -385,8 +384,10 @@ class Reference:
         return self.t5_config.d_model**-0.5 if self.t5_config.scale_decoder_outputs else 1.0
 
 
-def _rename(key: str) -> str:
-    for pattern, name in _RENAMES:
+def _rename(key: str, config: ModelConfig) -> str:
+    """A projection into another kind of language model, which BLIP-2's files may hold, keeps its name."""
+    own = "t5" if config.t5 is not None else "opt" if config.opt is not None else "llama|llm"
+    for pattern, name in (*_RENAMES, (rf"(?:{own})_proj\.(.*)", r"language_projection.\1")):
         if match := re.fullmatch(pattern, key):
             return match.expand(name)
     return key
