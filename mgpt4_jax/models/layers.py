@@ -68,8 +68,8 @@ def rotary_angles(
 def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
     """Radians a position, float32 ``[h/2]``; in NumPy and in the original's order of operations.
 
-    That makes them equal to PyTorch's to the bit on every backend. One unit in the last place would be
-    an error of 1e-4 in the cosine at position 4000.
+    That makes them PyTorch's on every backend, to the bit wherever its own power is rounded right: one unit in the
+    last place would be an error of 1e-4 in the cosine at position 4000.
     """
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     # The power is rounded once, from float64: NumPy's own in float32 is 2 units off on some processors.
