@@ -76,18 +76,24 @@ def serve(run: Callable[..., Answer]) -> None:
 
 
 def print_table(answers: Answers, what: str) -> None:
-    """Medians of the seconds, and the median of the rounds' ratios: PyTorch's time / ours, above 1 we are faster."""
+    """Medians of the times, and the median of the rounds' ratios: PyTorch's time / ours, above 1 we are faster."""
     rounds = len(next(iter(answers.values()))["jax"])
     load = ", ".join(f"{load:.1f}" for load in os.getloadavg())
     print(f"{what}, {len(os.sched_getaffinity(0))} cores ({platform.machine()}), load {load}, ", end="")
     print(f"{rounds} interleaved rounds, {time.strftime('%Y-%m-%d')}\n")
     print("| task | PyTorch, ms | ours, ms | ratio (median of rounds) | least .. most |")
     print("|---|---|---|---|---|")
-    for task, sides in answers.items():
-        theirs, ours = ([answer["seconds"] for answer in sides[side]] for side in SIDES)
-        ratios = [a / b for a, b in zip(theirs, ours, strict=True)]
-        row = f"{statistics.median(ratios):.2f} | {min(ratios):.2f} .. {max(ratios):.2f}"
-        print(f"| {task} | {statistics.median(theirs) * 1e3:.1f} | {statistics.median(ours) * 1e3:.1f} | {row} |")
+    for task in answers:
+        for key in ("seconds", "cpu_seconds"):
+            if key in answers[task]["jax"][0]:
+                print(f"| {task}{', processor time' if key == 'cpu_seconds' else ''} | {_row(answers[task], key)} |")
+
+
+def _row(sides: dict[str, list[Answer]], key: str) -> str:
+    theirs, ours = ([answer[key] for answer in sides[side]] for side in SIDES)
+    ratios = [a / b for a, b in zip(theirs, ours, strict=True)]
+    medians = f"{statistics.median(theirs) * 1e3:.1f} | {statistics.median(ours) * 1e3:.1f}"
+    return f"{medians} | {statistics.median(ratios):.2f} | {min(ratios):.2f} .. {max(ratios):.2f}"
 
 
 def timed(action: Callable[[], Any]) -> float:
@@ -95,3 +101,14 @@ def timed(action: Callable[[], Any]) -> float:
     start = time.perf_counter()
     action()
     return time.perf_counter() - start
+
+
+def times(action: Callable[[], Any]) -> Answer:
+    """Seconds that ``action`` took, and seconds of processor time of all threads.
+
+    The second says more on a machine that others use too, but threads that wait by spinning, as PyTorch's do, count
+    as work: compare it on one core (``taskset -c 0``).
+    """
+    start = time.process_time()
+    seconds = timed(action)
+    return {"seconds": seconds, "cpu_seconds": time.process_time() - start}

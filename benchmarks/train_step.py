@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from interleaved import SIDES, Answer, Answers, measure, print_table, serve, timed
+from interleaved import SIDES, Answer, Answers, measure, print_table, serve, times
 
 if TYPE_CHECKING:
     import torch
@@ -211,10 +211,10 @@ def jax_side(models: Path | None, size: str | None, rows: int) -> Callable[..., 
             loss = float(metrics["loss"])
 
         reset_peak()
-        seconds, memory = timed(step), peak_mb()
+        found, memory = times(step), peak_mb()
         if device.platform == "gpu":
             memory = device.memory_stats()["peak_bytes_in_use"] / 1e6
-        return {"seconds": seconds, "loss": loss, "peak_mb": memory, **counts}
+        return found | counts | {"loss": loss, "peak_mb": memory}
 
     return run
 
@@ -317,10 +317,10 @@ def torch_side(models: Path | None, size: str | None, device: str, rows: int) ->
         reset_peak()
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        seconds, memory = timed(step), peak_mb()
+        found, memory = times(step), peak_mb()
         if device == "cuda":
             memory = torch.cuda.max_memory_allocated() / 1e6
-        return {"seconds": seconds, "loss": loss, "peak_mb": memory}
+        return found | {"loss": loss, "peak_mb": memory}
 
     return run
 
