@@ -5,7 +5,6 @@ They are forked from a process that has imported everything and has no thread an
 
 from __future__ import annotations
 
-import functools
 import multiprocessing
 import os
 import sys
@@ -17,8 +16,6 @@ from typing import Any
 import jax
 import yaml
 
-import mgpt4_jax.models
-import mgpt4_jax.sharding
 from mgpt4_jax.cli import main
 
 LIMIT = 300  # seconds that anything may take on the busiest machine
@@ -81,7 +78,5 @@ class Attempt:
 def _train(arguments: list[str], screen: Path) -> None:
     with screen.open("w") as file:
         os.dup2(file.fileno(), 2)
-    for module in (mgpt4_jax.models, mgpt4_jax.sharding):  # a start asks for the same shapes eight times
-        module.boxed_params = functools.cache(module.boxed_params)
     jax.config.update("jax_num_cpu_devices", 1)
     sys.exit(main(arguments))

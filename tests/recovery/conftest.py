@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from recovery.runs import STEPS, STOPPED_AT, World, signal_after
 from train.world import write_pictures, write_tiny_model
-
-import mgpt4_jax.models
-import mgpt4_jax.sharding
-
-
-@pytest.fixture(scope="package", autouse=True)
-def _shapes_once() -> Iterator[None]:
-    """Every start asks for the shapes of the same few models, and each answer takes a quarter of a second."""
-    original = mgpt4_jax.models.boxed_params
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (mgpt4_jax.models, mgpt4_jax.sharding):
-            patch.setattr(module, "boxed_params", functools.cache(original))
-        yield
 
 
 @pytest.fixture(scope="package")

@@ -30,7 +30,7 @@ from mgpt4_jax.train_config import CheckpointConfig, DataConfig, SourceConfig, T
 KILLS = 30
 KINDS = {"save": 12, "renamed": 3, "log": 3, "model": 2, "any time": 10}
 LEAST_IN_SAVES = 8
-STEPS, EVERY = 60, 4
+STEPS, EVERY = 40, 4
 SAVE_SECONDS = 0.08  # of a tiny state, about
 CHANGES = {"checkpoint": {"every": EVERY, "keep_last": 2}, "log": {"every": 3, "validate_every": 8}}
 
