@@ -37,22 +37,15 @@ def attend(
     gets the mean of the values.
     """
     b, t, n, h = query.shape
-    s, k = key.shape[1:3]
-    query = query * (h**-0.5 if scale is None else scale)
-    # Heads first, and both products written so that nothing in between has to be turned over.
-    query, key, value = (x.transpose(0, 2, 1, 3) for x in (query, key, value))
-    query = query.reshape(b, k, n // k * t, h)
-    logits = jax.lax.dot_general(query, key, (((3,), (3,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
-    logits = logits.reshape(b, n, t, s)
+    k = key.shape[2]
+    query = query.reshape(b, t, k, n // k, h) * (h**-0.5 if scale is None else scale)
+    logits = jnp.einsum("btkgh,bskh->bkgts", query, key, preferred_element_type=jnp.float32)
     if bias is not None:
-        logits += bias
+        logits += bias.reshape(k, n // k, *bias.shape[1:])
     if mask is not None:
-        logits = jnp.where(mask[:, None], logits, jnp.finfo(jnp.float32).min)
-    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
-    total = weights.sum(axis=-1, keepdims=True)
-    weights = weights.astype(value.dtype).reshape(b, k, n // k * t, s)
-    mixed = jax.lax.dot_general(weights, value, (((3,), (2,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
-    return (mixed.reshape(b, n, t, h) / total).astype(value.dtype).transpose(0, 2, 1, 3)
+        logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", weights, value).reshape(b, t, n, h)
 
 
 def write_cache(cache: Cache, new: Cache, start: Int[Array, ""] | int) -> Cache:
@@ -122,7 +115,6 @@ def dense(
     """A linear map of the last ``inputs`` axes onto ``features``; ``axes`` names the kernel's axes."""
     return nn.DenseGeneral(
         features,
-        dot_general=_flat_product,
         axis=tuple(range(-inputs, 0)),
         use_bias=use_bias,
         dtype=dtype,
@@ -130,20 +122,6 @@ def dense(
         bias_init=nn.with_logical_partitioning(nn.initializers.zeros, axes[inputs:]),
         name=name,
     )
-
-
-def _flat_product(x: Array, kernel: Array, dimensions: Any, **options: Any) -> Array:
-    """A linear map of or onto (heads, head_dim) as one product of matrices; its gradient need not turn the kernel over.
-
-    Of three axes, which a mesh may cut in the middle, it stays as it is.
-    """
-    inputs = len(dimensions[0][0])
-    features = kernel.shape[inputs:]
-    if len(features) > 2:
-        return jax.lax.dot_general(x, kernel, dimensions, **options)
-    x = x.reshape(*x.shape[: x.ndim - inputs], -1)
-    kernel = kernel.reshape(x.shape[-1], -1)
-    return jnp.dot(x, kernel, **options).reshape(*x.shape[:-1], *features)
 
 
 def layer_norm(epsilon: float, *, name: str, dtype: DType) -> nn.LayerNorm:
