@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 from tiny import LLAMA, MINIGPT4, QFORMER, VIT, random_params
 
 from mgpt4_jax.checkpoint import flatten, nest
@@ -18,10 +21,11 @@ from mgpt4_jax.models import build
 from mgpt4_jax.optim import make_optimizer
 from mgpt4_jax.sharding import batch_sharding, make_mesh, param_shardings, put_batch
 from mgpt4_jax.train.flops import count_flops
-from mgpt4_jax.train.objectives import caption_objective, normalised, training_model
+from mgpt4_jax.train.objectives import Objective, caption_objective, normalised, training_model
 from mgpt4_jax.train.state import TrainState, join, make_state, split, state_shardings, trainable_paths
 from mgpt4_jax.train.step import gradient, make_train_step
 from mgpt4_jax.train_config import DataConfig, OptimConfig, SourceConfig, TrainConfig
+from mgpt4_jax.typing import Params
 
 BATCH, LENGTH, STEPS, RATE = 16, 24, 5, 1e-2
 OPTIM = OptimConfig(clip_norm=1.0, ema_decay=0.9)
@@ -43,6 +47,38 @@ def make_batch(
     return {"ids": ids, "slots": slots, "mask": mask, "targets": targets, "pixels": pixels}
 
 
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """What runs of one kind share, compiled once: all but the state, which their steps donate."""
+
+    mesh: Mesh
+    module: nn.Module
+    objective: Objective
+    frozen: Params
+    begin: Callable[[], TrainState]
+    step: Any
+
+
+@functools.cache
+def make(mesh: str | None, trainable: tuple[str, ...], config: ModelConfig, optim: OptimConfig) -> Made:
+    device_mesh, params = make_mesh(mesh), random_params(config)
+    trained = trainable_paths(flatten(params), trainable)
+    optimizer = make_optimizer(optim)
+    data = DataConfig((SourceConfig("jsonl", "x"),))
+    module = training_model(TrainConfig("m", "r", data), config, trained, jnp.float32)
+    leaves, frozen = split(params, trained)
+    places, frozen_places = split(param_shardings(config, device_mesh), trained)
+
+    def init(leaves: Any) -> TrainState:
+        return make_state(leaves, optimizer, seed=3, with_average=optim.ema_decay > 0)
+
+    placed = state_shardings(places, optimizer, jax.eval_shape(init, leaves), device_mesh)
+    begin = functools.partial(jax.jit(init, out_shardings=placed), leaves)
+    objective = caption_objective(module)
+    step = make_train_step(objective, optimizer, placed, ema_decay=optim.ema_decay)
+    return Made(device_mesh, module, objective, jax.device_put(frozen, frozen_places), begin, step)
+
+
 class Run:
     """A tiny run on a mesh: its state, its frozen parameters, its step."""
 
@@ -52,29 +88,11 @@ class Run:
         *,
         trainable: tuple[str, ...] = ("projection/*",),
         config: ModelConfig = MINIGPT4,
-        accumulation: int = 1,
         optim: OptimConfig = OPTIM,
     ):
-        self.mesh = make_mesh(mesh)
-        params = random_params(config)
-        trained = trainable_paths(flatten(params), trainable)
-        shardings = param_shardings(config, self.mesh)
-        optimizer = make_optimizer(optim)
-        data = DataConfig((SourceConfig("jsonl", "x"),))
-        self.module = training_model(TrainConfig("m", "r", data), config, trained, jnp.float32)
-        self.objective = caption_objective(self.module)
-        leaves, frozen = split(params, trained)
-        places, frozen_places = split(shardings, trained)
-
-        def init(leaves: Any) -> TrainState:
-            return make_state(leaves, optimizer, seed=3, with_average=optim.ema_decay > 0)
-
-        placed = state_shardings(places, optimizer, jax.eval_shape(init, leaves), self.mesh)
-        self.state = jax.jit(init, out_shardings=placed)(leaves)
-        self.frozen = jax.device_put(frozen, frozen_places)
-        self.step = make_train_step(
-            self.objective, optimizer, placed, accumulation=accumulation, ema_decay=optim.ema_decay
-        )
+        made = make(mesh, trainable, config, optim)
+        self.mesh, self.module, self.objective = made.mesh, made.module, made.objective
+        self.frozen, self.step, self.state = made.frozen, made.step, made.begin()
 
     def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         return put_batch(self.mesh, dict(batch))
@@ -119,36 +137,45 @@ def test_the_mesh_really_cuts_what_is_trained_and_what_is_frozen() -> None:
     assert run.put(make_batch())["ids"].sharding == batch_sharding(run.mesh)
 
 
+def batch_gradient(mesh: str | None, accumulation: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Gradient and means of one batch, in so many parts."""
+    run, key = Run(mesh), jax.random.key(0)
+    take = jax.jit(lambda *arguments: gradient(run.objective, *arguments, key, accumulation))
+    found, means = take(run.state.trainable, run.frozen, run.put(make_batch(7)))
+    return flatten(found), jax.device_get(means)
+
+
+@pytest.fixture(scope="module")
+def whole() -> tuple[dict[str, Any], dict[str, Any]]:
+    return batch_gradient(None, 1)
+
+
 @pytest.mark.parametrize("mesh", [None, "data=4"])
-def test_accumulation_equals_the_whole_batch(mesh: str | None) -> None:
-    whole, parts = Run(mesh, accumulation=1), Run(mesh, accumulation=4)
-    batch, key = make_batch(7), jax.random.key(0)
-    gradients, losses = [], []
-    for run, count in ((whole, 1), (parts, 4)):
-        take = jax.jit(lambda *arguments, run=run, count=count: gradient(run.objective, *arguments, key, count))
-        found, means = take(run.state.trainable, run.frozen, run.put(batch))
-        gradients.append(flatten(found))
-        losses.append(float(means["loss"]))
-        assert means["weight"] == (batch["targets"][:, 1:] != IGNORED).sum()
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
-    for path, leaf in gradients[0].items():
-        np.testing.assert_allclose(leaf, gradients[1][path], rtol=1e-5, atol=1e-6, err_msg=path)
+def test_accumulation_equals_the_whole_batch(mesh: str | None, whole: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    gradients, means = batch_gradient(mesh, 4)
+    assert float(means["loss"]) == pytest.approx(float(whole[1]["loss"]), rel=1e-6)
+    assert means["weight"] == whole[1]["weight"] == (make_batch(7)["targets"][:, 1:] != IGNORED).sum()
+    for path, leaf in whole[0].items():
+        np.testing.assert_allclose(gradients[path], leaf, rtol=1e-5, atol=1e-6, err_msg=path)
 
 
 def test_logits_of_the_answer_alone_give_the_same_loss_and_gradient() -> None:
     run, batch = Run(), make_batch(3)
     most = int((batch["targets"] != IGNORED).sum(axis=1).max())
     found = {}
-    for max_targets in (None, most, most - 1):
-        objective = caption_objective(run.module, max_targets)
-        differentiate = jax.value_and_grad(
-            lambda trainable, f=objective: f(join(trainable, run.frozen), batch, None)[0]
-        )
+
+    def loss(max_targets: int | None, trainable: Params) -> Any:
+        return caption_objective(run.module, max_targets)(join(trainable, run.frozen), batch, None)[0]
+
+    for max_targets in (None, most):
+        differentiate = jax.value_and_grad(functools.partial(loss, max_targets))
         found[max_targets] = jax.jit(differentiate)(run.state.trainable)
     np.testing.assert_allclose(found[most][0], found[None][0], rtol=1e-6)
     for path, leaf in flatten(found[None][1]).items():
         np.testing.assert_allclose(flatten(found[most][1])[path], leaf, rtol=1e-5, atol=1e-6, err_msg=path)
-    assert np.isnan(found[most - 1][0])  # a row has more: no target is left out in silence
+    assert np.isnan(
+        jax.jit(functools.partial(loss, most - 1))(run.state.trainable)
+    )  # a row has more: no target is left out in silence
 
 
 def test_a_step_that_is_not_finite_changes_nothing() -> None:
@@ -221,7 +248,7 @@ def test_dropout_draws_anew_each_step_and_alike_after_a_restart() -> None:
     config = dataclasses.replace(MINIGPT4, llama=dataclasses.replace(LLAMA, lora=LoraConfig(rank=2, dropout=0.5)))
     losses = [Run(config=config, trainable=()).steps(3)[0] for _ in range(2)]
     assert losses[0] == losses[1]
-    run = Run(config=config, trainable=(), optim=dataclasses.replace(OPTIM, ema_decay=0.0))
+    run = Run(config=config, trainable=())
     batch = run.put(make_batch())
     found = []
     for _ in range(2):
