@@ -255,6 +255,11 @@ class ModelConfig:
         return self.llama or self.opt or self.t5
 
     @property
+    def image_size(self) -> int:
+        """Side of a picture in pixels; 0 of a model that reads none."""
+        return 0 if self.vit is None else self.vit.image_size
+
+    @property
     def tokens_per_image(self) -> int:
         """How many positions one picture takes in the language model's input."""
         if self.vit is None:

@@ -185,7 +185,7 @@ class TrainConfig:
       model: the model directory to start from, which is never changed.
       run: the directory of this run: checkpoints, log.jsonl, curves, the trained model. If it holds a run
         already, that one goes on.
-      objective: ``align`` (pictures alone before the caption, MiniGPT-4 stage 1), ``finetune`` (an instruction in
+      objective: ``language`` (words alone, all predicted: a language model from scratch), ``align`` (pictures alone before the caption, MiniGPT-4 stage 1), ``finetune`` (an instruction in
         the template before the answer, stage 2), ``qformer_pretrain`` (contrast, matching and captioning, BLIP-2
         stage 1) or ``generative`` (a prompt, if any, before the text, BLIP-2 stage 2 on OPT or T5).
       trainable: patterns of parameter paths, for example ``projection/*``, ``qformer/*``, ``ln_vision/*``,
@@ -201,7 +201,7 @@ class TrainConfig:
     model: str
     run: str
     data: DataConfig
-    objective: Literal["align", "finetune", "qformer_pretrain", "generative"] = "align"
+    objective: Literal["language", "align", "finetune", "qformer_pretrain", "generative"] = "align"
     text: TextConfig = field(default_factory=TextConfig)
     trainable: tuple[str, ...] = ("projection/*",)
     lora: LoraConfig | None = None
@@ -221,7 +221,7 @@ class TrainConfig:
         check_fields(self, allow_zero=("seed",))
         if self.batch_size % self.accumulation:
             raise UserError(f"batch_size {self.batch_size} cannot be cut into accumulation={self.accumulation} parts")
-        if self.objective in ("align", "qformer_pretrain") and self.text.instructions:
+        if self.objective in ("language", "align", "qformer_pretrain") and self.text.instructions:
             raise UserError(f"objective {self.objective!r} asks nothing; for text.instructions use 'finetune'")
         if self.objective == "finetune" and not self.text.instructions:
             raise UserError("objective 'finetune' needs text.instructions, the questions that a batch draws from")

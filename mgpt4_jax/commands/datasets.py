@@ -122,7 +122,7 @@ def _feed(options: Namespace) -> tuple[Feed, int]:
     template = get_template(options.text.template or manifest.template)
     tokens = manifest.config.tokens_per_image
     rows = RowBuilder(options.model / "tokenizer", options.text, template, tokens, options.objective, clean)
-    return TokenFeed(rows), manifest.config.vit.image_size
+    return TokenFeed(rows), manifest.config.image_size
 
 
 DATA_COMMANDS: Commands = {

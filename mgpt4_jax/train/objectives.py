@@ -22,7 +22,9 @@ from mgpt4_jax.train_config import TrainConfig
 from mgpt4_jax.typing import Array, DType, Float, Params, PRNGKey, UInt8
 
 Batch = Mapping[str, Array]
-"""Arrays of one batch: ``ids``, ``slots``, ``targets``, ``mask`` [b t] and ``pixels`` [b i H W 3] of bytes."""
+"""Arrays of one batch: ``ids``, ``slots``, ``targets``, ``mask`` [b t] and ``pixels`` [b i H W 3] of bytes.
+
+The pixels of a model that reads words alone have H = W = 0."""
 Metrics = dict[str, Array]
 Objective = Callable[[Params, Batch, PRNGKey | None], tuple[Array, Metrics]]
 
@@ -48,7 +50,7 @@ def caption_objective(model: nn.Module, max_targets: int | None = None) -> Objec
             {"params": params},
             batch["ids"],
             batch["slots"],
-            normalised(batch["pixels"]),
+            normalised(batch["pixels"]) if batch["pixels"].size else None,
             batch["mask"],
             deterministic=key is None,
             rngs=None if key is None else {"dropout": key},

@@ -146,7 +146,7 @@ def open_data(plan: Plan, say: Say) -> Data:
         rows,
         config.data,
         batch_size=config.batch_size,
-        image_size=plan.model.vit.image_size,
+        image_size=plan.model.image_size,
         seed=config.seed,
         rows_of_process=process_rows(plan.mesh, config.batch_size),
     )
@@ -232,7 +232,7 @@ class Programs:
         return self._evaluations[length]
 
     def abstract_batch(self, length: int) -> dict[str, jax.ShapeDtypeStruct]:
-        b, size = self._plan.config.batch_size, self._plan.model.vit.image_size
+        b, size = self._plan.config.batch_size, self._plan.model.image_size
         place = batch_sharding(self._plan.mesh)
         text = dict.fromkeys(("ids", "slots", "targets"), jnp.int32) | {"mask": jnp.bool_}
         arrays = {name: jax.ShapeDtypeStruct((b, length), dtype, sharding=place) for name, dtype in text.items()}

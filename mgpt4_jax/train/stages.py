@@ -80,6 +80,7 @@ def _captioning(module: nn.Module, rows: Rows) -> Objective:
 _LANGUAGE = Stage(("minigpt4",), _language_rows, _captioning)
 
 STAGES = {
+    "language": Stage(("llama",), _language_rows, _captioning, tells=False),
     "align": _LANGUAGE,
     "finetune": _LANGUAGE,
     "generative": Stage(("blip2_opt", "blip2_t5"), _generative_rows, _generative, tells=False),
