@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from cases import Case, file_named_by
 
-from mgpt4_jax.checkpoint import flatten, load_params
+from mgpt4_jax.checkpoint import flatten, load_params, read_manifest
 from mgpt4_jax.config import ModelConfig
 from mgpt4_jax.convert.convert import convert, plan_conversion
 from mgpt4_jax.convert.rules import Plan
@@ -52,6 +52,12 @@ def convert_case(case: Case, out: Path, **replaced: Path) -> Converted:
     report = convert(**roles, out=out, overrides=overrides, **tokenizer)
     _, plan = plan_conversion(**roles, overrides=overrides)
     return Converted(case, out, report.config, plan)
+
+
+def already_converted(case: Case, model_dir: Path) -> Converted:
+    """What ``convert_case`` made in another process."""
+    _, plan = plan_conversion(**sources_of(case), overrides=overrides_of(case.config))
+    return Converted(case, model_dir, read_manifest(model_dir).config, plan)
 
 
 def sources_of(case: Case) -> dict[str, Path]:

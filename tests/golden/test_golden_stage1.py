@@ -2,67 +2,37 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pretraining
 import pytest
 from cases import Case, recorded
 from claims import PRETRAINED, RANKS, STAGE1_STEPS
 from comparing import LOSS, Compare, Tolerance
 from conversion import Converted
-from training import unnormalised
+from pretraining import Program, negatives_of, run_ranks
 
 from mgpt4_jax.checkpoint import flatten
-from mgpt4_jax.losses import contrastive_loss, contrastive_targets, matching_loss, negative_logits
-from mgpt4_jax.models import build
+from mgpt4_jax.losses import contrastive_targets, negative_logits
 from mgpt4_jax.optim import is_decayed, make_optimizer
-from mgpt4_jax.sharding import make_mesh, param_shardings, put_batch
-from mgpt4_jax.train.pretraining import Negatives, Pretraining, pretrain
-from mgpt4_jax.train.state import TrainState, join, make_state, split, state_shardings, trainable_paths
+from mgpt4_jax.sharding import make_mesh, param_shardings
+from mgpt4_jax.train.pretraining import Negatives
+from mgpt4_jax.train.state import TrainState, make_state, split, state_shardings
 from mgpt4_jax.train.step import make_train_step
 from mgpt4_jax.train_config import OptimConfig
-from mgpt4_jax.typing import Array
 
-TRAINED = ("ln_vision/*", "qformer/*", "vision_proj/*", "text_proj/*", "itm_head/*", "temp")  # the ViT is frozen
-BERT_PAD = 0
-LOSSES = {"itc": "contrast", "itm": "matching", "itg": "captioning"}
 STEPS_LOSS = Tolerance(rtol=2e-3, atol=2e-3)  # golden/README.md: AdamW magnifies rounding
-
-
-class Program:
-    """Losses and gradients of a case's batch, with the recorded negatives."""
-
-    def __init__(self, converted: Converted, groups: int = 1):
-        self.converted, self.case = converted, converted.case
-        self.model = build(converted.config)
-        dec_id = converted.config.qformer.vocab_size - 1  # [DEC] is the row behind BERT's own
-        self.pretrain = partial(pretrain, dec_id=dec_id, pad_id=BERT_PAD, groups=groups)
-        trained = trainable_paths(flatten(converted.params), TRAINED)
-        self.trainable, self.frozen = split(converted.params, trained)
-        self.losses = jax.jit(self._losses)
-        self.gradient = jax.jit(jax.grad(self._weighted, has_aux=True))
-
-    def batch(self, image: str = "image") -> dict[str, np.ndarray]:
-        inputs = self.case.inputs
-        pixels = unnormalised(self.case.pixels(image))[:, None]
-        return {"ids": inputs["text_ids"].astype(np.int32), "mask": inputs["text_mask"] > 0, "pixels": pixels}
-
-    def _losses(self, trainable: Any, frozen: Any, batch: Any, negatives: Negatives) -> Pretraining:
-        params = {"params": join(trainable, frozen)}
-        return self.model.apply(params, batch, jax.random.key(0), negatives=negatives, method=self.pretrain)
-
-    def _weighted(self, trainable: Any, frozen: Any, batch: Any, negatives: Negatives, weights: Array) -> Any:
-        found = self._losses(trainable, frozen, batch, negatives)
-        parts = jnp.stack([getattr(found, name) for name in LOSSES.values()])
-        return (weights * parts).sum(), found
-
-
-def negatives_of(outputs: Any, prefix: str = "", suffix: str = "") -> Negatives:
-    return Negatives(outputs[f"{prefix}neg_image_idx{suffix}"], outputs[f"{prefix}neg_text_idx{suffix}"])
+GRADIENT = "gradient/"
 
 
 def run_stage1(converted: Converted) -> dict[str, Any]:
@@ -90,53 +60,6 @@ def run_stage1(converted: Converted) -> dict[str, Any]:
     trained = converted.to_source(tree)
     zero = [name for name, values in found["grads_total"].items() if not np.any(values)]
     return found | {"config.trainable": sorted(trained), "config.trainable_without_grad": sorted(zero)}
-
-
-def run_ranks(converted: Converted) -> dict[str, Any]:
-    """The ranks of the original as one batch, cut over as many devices."""
-    case = converted.case
-    ranks, rows = case.config["world_size"], case.config["per_rank_batch"]
-    program = Program(converted, groups=ranks)
-    outputs = [
-        {key.split(".", 1)[1]: values for key, values in case.outputs.items() if key.startswith(f"rank{rank}.")}
-        for rank in range(ranks)
-    ]
-    negatives = Negatives(*(np.concatenate(parts) for parts in zip(*map(negatives_of, outputs), strict=True)))
-    mesh = make_mesh(f"data={ranks}")
-    batch = put_batch(mesh, program.batch())
-    places = split(param_shardings(converted.config, mesh), set(flatten(program.trainable)))
-    params = jax.device_put((program.trainable, program.frozen), places)
-    gradients, result = program.gradient(*params, batch, negatives, jnp.ones(3))
-    found: dict[str, Any] = {"grads_total_mean_over_ranks": converted.to_source(gradients)}
-    total, targets = ranks * rows, jnp.eye(ranks * rows)
-    words = caption_parts(converted, ranks)
-    for rank in range(ranks):
-        own = slice(rank * rows, (rank + 1) * rows)
-        pairs = np.concatenate([np.arange(total)[own] + third * total for third in range(3)])
-        labels = (np.arange(3 * rows) < rows).astype(np.int32)
-        parts = {
-            "loss_itc": contrastive_loss(result.image_to_text[own], result.text_to_image[own], targets[own]),
-            "loss_itm": matching_loss(result.match_logits[pairs], labels),
-            "loss_lm": words[rank],
-        }
-        weights = {
-            "weights_i2t": jax.nn.softmax(negative_logits(result.image_to_text, targets))[own],
-            "weights_t2i": jax.nn.softmax(negative_logits(result.text_to_image, targets))[own],
-        }
-        found |= {f"rank{rank}.{name}": value for name, value in (parts | weights).items()}
-        found[f"rank{rank}.loss"] = sum(float(value) for value in parts.values())
-    return found
-
-
-def caption_parts(converted: Converted, ranks: int) -> list[float]:
-    """The captioning loss of each rank's rows alone; captions need no negatives."""
-    program, found = Program(converted), []
-    rows = len(program.batch()["ids"]) // ranks
-    none = Negatives(np.zeros(rows, np.int32), np.zeros(rows, np.int32))
-    for rank in range(ranks):
-        batch = {name: values[rank * rows : (rank + 1) * rows] for name, values in program.batch().items()}
-        found.append(float(program.losses(program.trainable, program.frozen, batch, none).captioning))
-    return found
 
 
 def run_steps(converted: Converted) -> dict[str, Any]:
@@ -195,6 +118,40 @@ def ranks(converted: Callable[[Case], Converted]) -> Callable[[Case], dict[str, 
 
 
 @pytest.fixture(scope="module")
+def processes(
+    converted: Callable[[Case], Converted], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Case], list[dict[str, Any]]]:
+    """What each rank found, as a process of its own with one device."""
+
+    def run(case: Case) -> list[dict[str, Any]]:
+        out, ranks = tmp_path_factory.mktemp(str(case)), case.config["world_size"]
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            coordinator = f"127.0.0.1:{probe.getsockname()[1]}"
+        arguments = (pretraining.__file__, case.directory, converted(case).model_dir, out, coordinator, ranks)
+        words = [sys.executable, *map(str, arguments)]
+        environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
+        piped = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        running = [subprocess.Popen([*words, str(rank)], env=environment, text=True, **piped) for rank in range(ranks)]
+        try:
+            said = [process.communicate(timeout=400)[0] for process in running]
+        finally:
+            for process in running:
+                process.kill()
+        assert [process.returncode for process in running] == [0] * ranks, said
+        return [read_rank(out / f"{rank}.npz") for rank in range(ranks)]
+
+    return cache(run)
+
+
+def read_rank(path: Path) -> dict[str, Any]:
+    with np.load(path) as file:
+        found = {name: file[name] for name in file.files}
+    gradients = {name.removeprefix(GRADIENT): found.pop(name) for name in list(found) if name.startswith(GRADIENT)}
+    return found | {"grads_total_mean_over_ranks": gradients}
+
+
+@pytest.fixture(scope="module")
 def steps(converted: Callable[[Case], Converted]) -> Callable[[Case], dict[str, Any]]:
     return cache(lambda case: run_steps(converted(case)))
 
@@ -212,12 +169,45 @@ def test_losses_and_gradients(case: Case, quantity: str, stage1: Any, compare: C
 
 
 @pytest.mark.parametrize(("case", "quantity"), recorded("blip2_ranks", *RANKS))
-def test_data_parallel_ranks(case: Case, quantity: str, ranks: Any, compare: Compare) -> None:
-    actual = ranks(case)[quantity]
+def test_data_parallel_ranks_as_devices(case: Case, quantity: str, ranks: Any, compare: Compare) -> None:
+    check_ranks(ranks(case)[quantity], case, quantity, compare)
+
+
+@pytest.mark.parametrize(("case", "quantity"), recorded("blip2_ranks", *RANKS))
+def test_data_parallel_ranks_as_processes(case: Case, quantity: str, processes: Any, compare: Compare) -> None:
+    """Every process finds the numbers of all, though it reads the rows of its own rank alone."""
+    for found in processes(case):
+        check_ranks(found[quantity], case, quantity, compare)
+
+
+def check_ranks(actual: Any, case: Case, quantity: str, compare: Compare) -> None:
     if quantity.startswith("grads"):
         compare.gradients(actual, case.tensors(quantity))
     else:
         compare.close(actual, case.outputs[quantity], *[LOSS] * ("loss" in quantity))
+
+
+@pytest.mark.parametrize(("case", "quantity"), recorded("blip2_ranks", "grads*"))
+def test_each_process_held_its_rows_alone(case: Case, quantity: str, processes: Any) -> None:
+    for found in processes(case):
+        assert found["pixels_shape"][0] == case.config["per_rank_batch"] < len(case.inputs["image"])
+
+
+@pytest.mark.parametrize(("case", "quantity"), recorded("blip2_ranks", "rank*.neg_image_idx"))
+def test_negatives_are_drawn_from_all_ranks(case: Case, quantity: str, ranks: Any, processes: Any) -> None:
+    """The recorded ones can be; ours of 50 seeds are those of devices, as often as the recorded weights have it."""
+    rank, rows = quantity.split(".")[0], case.config["per_rank_batch"]
+    own = np.arange(rows) + int(rank.removeprefix("rank")) * rows
+    for found in processes(case):
+        np.testing.assert_array_equal(found["draws"], ranks(case)["draws"])
+        for side, weights in (("image", "t2i"), ("text", "i2t")):
+            chosen = case.outputs[f"{rank}.neg_{side}_idx"]
+            assert (found[f"{rank}.weights_{weights}"][np.arange(rows), chosen] > 0).all()
+    total = len(case.inputs["image"])
+    for drawn, weights in zip(ranks(case)["draws"], ("t2i", "i2t"), strict=True):
+        often = (drawn[:, own, None] == np.arange(total)).mean(axis=0)
+        assert (often[np.arange(rows), own] == 0).all()
+        np.testing.assert_allclose(often, case.outputs[f"{rank}.weights_{weights}"], atol=0.3)  # four deviations of 50
 
 
 @pytest.mark.parametrize(("case", "quantity"), recorded("adamw_stage1", *STAGE1_STEPS))
