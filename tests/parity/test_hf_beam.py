@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from beams import BEAMS, NEW, assert_same, their_beams
 from tiny_hf import LLAMA, OPT, T5
 from transformers import (
     LlamaConfig,
@@ -26,11 +27,9 @@ from mgpt4_jax.generate.language import LanguageEngine
 from mgpt4_jax.generate.requests import Request
 from mgpt4_jax.generate.sampling import sampling_params
 
-BEAMS, NEW = 5, 12
 VOCAB = LLAMA["vocab_size"]
 EOS = {"llama": (22, 60, 7), "opt": (58, 59, 26), "t5": (70, 14, 3)}
 LENGTHS = (105, 21, 64)
-GAP = 2e-5  # between what is kept and what is dropped; float32 sums differ by some 1e-6
 CASES = {
     "plain": {"length_penalty": 1.0},
     "neutral": {"length_penalty": 0.0},
@@ -72,51 +71,13 @@ def prompts() -> list[np.ndarray]:
 
 
 def generate(pair: Any, options: dict[str, Any], **inputs: Any) -> list[list[Hypothesis]]:
-    """The answers of transformers; fails where a choice between two continuations was a matter of rounding."""
-    ends = EOS[pair.config.architecture]
-    found = pair.torch.generate(
-        **inputs,
-        **options,
-        max_new_tokens=NEW,
-        num_beams=BEAMS,
-        do_sample=False,
-        return_dict_in_generate=True,
-        output_scores=True,
-    )
-    assert_no_ties(torch.stack(found.scores).numpy().reshape(len(found.scores), -1, BEAMS, VOCAB), ends)
     before = 1 if pair.config.t5 is not None else inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
-    answers = []
-    for ids, score in zip(found.sequences[:, before:].tolist(), found.sequences_scores.tolist(), strict=True):
-        end = next((place + 1 for place, token in enumerate(ids) if token in ends), len(ids))
-        answers.append(Hypothesis(ids[:end], score, "stop" if ids[end - 1] in ends else "length"))
-    count = options.get("num_return_sequences", 1)
-    return [answers[start : start + count] for start in range(0, len(answers), count)]
-
-
-def assert_no_ties(steps: np.ndarray, ends: tuple[int, ...]) -> None:
-    """Replays a search from its log-probabilities [t b n v]: what is kept is better than what is dropped."""
-    running = np.full(steps.shape[1:3], -1e9)
-    running[:, 0] = 0
-    for logs in steps.astype(np.float64):
-        for row, totals in enumerate((running[:, :, None] + logs).reshape(len(running), -1)):
-            order = np.argsort(-totals)
-            going = order[~np.isin(order % VOCAB, ends)]
-            for kept in (order, going):
-                assert totals[kept[BEAMS - 1]] - totals[kept[BEAMS]] > GAP
-            running[row] = totals[going[:BEAMS]]
+    return their_beams(pair.torch, options, EOS[pair.config.architecture], inputs, before)
 
 
 def requests_of(prompts: list[np.ndarray], options: dict[str, Any]) -> list[Request]:
     params = sampling_params({"max_new_tokens": NEW, "num_beams": BEAMS, **options})
     return [Request(ids, np.full(len(ids), -1, np.int32), None, params) for ids in prompts]
-
-
-def assert_same(ours: list[list[Hypothesis]], theirs: list[list[Hypothesis]]) -> None:
-    assert [[(h.ids, h.finish_reason) for h in row] for row in ours] == [
-        [(h.ids, h.finish_reason) for h in row] for row in theirs
-    ]
-    for our_row, their_row in zip(ours, theirs, strict=True):
-        np.testing.assert_allclose([h.score for h in our_row], [h.score for h in their_row], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", CASES)

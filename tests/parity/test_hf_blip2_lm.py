@@ -26,6 +26,7 @@ IMAGE_TOKEN = VOCAB - 1
 TOWER = {"rtol": 1e-4, "atol": 1e-4}
 MODELS = {
     "blip2_opt": ({"model_type": "opt", **OPT}, False),
+    "blip2_t5": ({"model_type": "t5", **T5, "feed_forward_proj": "relu", "tie_word_embeddings": True}, False),
     "blip2_flan_t5": ({"model_type": "t5", **T5, "dense_act_fn": "gelu"}, False),
     "instructblip_flan_t5": ({"model_type": "t5", **T5, "dense_act_fn": "gelu"}, True),
 }
