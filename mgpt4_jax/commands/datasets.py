@@ -125,7 +125,32 @@ def _feed(options: Namespace) -> tuple[Feed, int]:
     return TokenFeed(rows), manifest.config.image_size
 
 
+def _add_shapes(parser: ArgumentParser) -> None:
+    from mgpt4_jax.data.shapes_files import Sizes
+
+    parser.add_argument("--out", type=Path, required=True, help="the new folder to write")
+    parser.add_argument("--seed", type=int, default=0, help="of the scenes, their pictures and words (0)")
+    for field in dataclasses.fields(Sizes):
+        parser.add_argument(f"--{field.name}", type=int, default=field.default, help=f"how many ({field.default})")
+
+
+def _shapes(arguments: Namespace) -> int:
+    from mgpt4_jax.data.shapes_files import Sizes, write_world
+
+    sizes = Sizes(**{field.name: arguments[field.name] for field in dataclasses.fields(Sizes)})
+    with progress("drawing") as report:
+        write_world(arguments.out, seed=arguments.seed, sizes=sizes, report=report)
+    print(arguments.out)
+    return 0
+
+
 DATA_COMMANDS: Commands = {
+    "shapes": (
+        _shapes,
+        _add_shapes,
+        "Write a small world of drawn pictures with captions, questions, texts and tokenisers.",
+        "mgpt4 data shapes --out world --seed 0",
+    ),
     "index": (
         _index,
         _add_index,

@@ -83,6 +83,36 @@ def read_overrides(path: Path | None) -> dict[str, Any]:
     return values
 
 
+def _add_init(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--config", type=Path, required=True, help="YAML of the model's parts, as in configs/tiny/models"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="the model directory to write")
+    parser.add_argument("--seed", type=int, default=0, help="of the random numbers (0)")
+    parser.add_argument("--template", default="none", help="conversation template: vicuna_v0, llama2, ... (none)")
+    parser.add_argument("--tokenizer", type=Path, help="directory of the language model's tokeniser")
+    parser.add_argument("--qformer-tokenizer", type=Path, help="directory with BERT's vocab.txt")
+    parser.add_argument("--overwrite", action="store_true", help="replace the model directory")
+
+
+def _init(arguments: Namespace) -> int:
+    from mgpt4_jax.config import model_config_from_dict
+    from mgpt4_jax.initial import init_model
+
+    options = arguments.as_dict()
+    path = options.pop("config")
+    values = read_overrides(path)
+    if "architecture" not in values:
+        raise UserError(f"{path}: names no architecture, for example 'architecture: llama'")
+    try:
+        config = model_config_from_dict(values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    init_model(config, **options)
+    print(options["out"])
+    return 0
+
+
 def _add_verify(parser: ArgumentParser) -> None:
     parser.add_argument("model", type=Path, help="the model directory")
     _add_sources(parser)
@@ -136,6 +166,12 @@ COMMANDS: Commands = {
         "Convert PyTorch weights to a model directory.",
         "mgpt4 convert --vit eva_vit_g.pth --qformer blip2_pretrained_flant5xxl.pth --llm vicuna-7b "
         "--projection pretrained_minigpt4_7b.pth --out models/minigpt4-7b",
+    ),
+    "init": (
+        _init,
+        _add_init,
+        "Begin a model of any size with random weights, to train it from nothing.",
+        "mgpt4 init --config configs/tiny/models/llm.yaml --tokenizer world/tokenizer --template vicuna_v0 --out models/llm",
     ),
     "verify": (
         _verify,

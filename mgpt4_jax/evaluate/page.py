@@ -44,7 +44,7 @@ def _card(example: Example) -> str:
     lines += [f'<div class="answer">{as_text(text)}</div>' for text in example.answers]
     lines += [f'<div class="reference">{as_text(text)}</div>' for text in example.references[:MAX_REFERENCES]]
     name = f'<div class="name">{as_text(example.name)} · {as_text(example.score)}</div>'
-    picture, words = render_picture(_jpeg(example.image)), "".join(lines)
+    picture, words = render_picture(_jpeg(example.image) if example.image else None), "".join(lines)
     return f'<div class="card">{picture}\n{name}\n<div class="text">{words}</div></div>'
 
 

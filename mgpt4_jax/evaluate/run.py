@@ -80,10 +80,7 @@ def run_answers(
     Returns:
       The scores, and how many items failed: their answer counts as empty.
     """
-    lines = [
-        json.dumps({"id": item.id, "image": str(Path(item.image).absolute()), "prompt": prompt_of(task, item, prompt)})
-        for item in items
-    ]
+    lines = [json.dumps(_asked(item, prompt_of(task, item, prompt))) for item in items]
     questions, answered = out / "questions.jsonl", out / "answers.jsonl"
     write_file(questions, "\n".join(lines) + "\n")
     summary = run_file(answerer, questions, answered, defaults=sampling, template=template, report=report)
@@ -98,6 +95,11 @@ def run_answers(
     shown = _answer_examples(items, answers, scored, examples)
     write_examples(out / "page.html", TITLES[task], {**scored.whole, **counts}, shown)
     return scored.whole, summary.failed
+
+
+def _asked(item: Item, prompt: str) -> dict[str, Any]:
+    image = {"image": str(Path(item.image).absolute())} if item.image else {}
+    return {"id": item.id, **image, "prompt": prompt}
 
 
 def _answer_examples(items: Sequence[Item], answers: Mapping[Any, str], scored: Scored, limit: int) -> list[Example]:

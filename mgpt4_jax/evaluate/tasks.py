@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,11 @@ class Item:
     """One picture to caption, or one question. ``references`` are empty where the benchmark keeps them."""
 
     id: Any
-    image: str
+    image: str  # empty of a question in words alone
     question: str = ""
     references: tuple[str, ...] = ()
     kind: str | None = None  # VQAv2's answer_type
+    names: tuple[str, ...] = ()  # what a caption of it should name
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,10 @@ def read_captions(path: Path, images: Path) -> list[Item]:
         image = _text(path, "list", entry, "image")
         identity = entry.get("image_id", entry.get("img_id", entry.get("id", _number_of(image))))
         texts = _texts(path, entry.get("caption", []), "caption")
+        names = _texts(path, entry.get("names", []), "names")
         if identity in merged:  # one line for each caption
             texts = (*merged[identity].references, *texts)
-        merged[identity] = Item(identity, str(images / image), references=texts)
+        merged[identity] = Item(identity, str(images / image), references=texts, names=names)
     return _checked(path, "image_id", merged.values())
 
 
@@ -100,16 +102,17 @@ def read_questions(path: Path, annotations: Path | None, images: Path, pattern: 
     for entry in entries:
         identity = _get(path, "questions", entry, "question_id")
         if "image" in entry:
-            image = _text(path, "questions", entry, "image")
+            image = "" if entry["image"] is None else _text(path, "questions", entry, "image")
         else:
             name = "imageId" if "imageId" in entry else "image_id"
             image = _file_name(path, pattern, _get(path, "questions", entry, name))
         if annotations is not None and identity not in answers:
             raise UserError(f"{annotations}: has no answers to question_id {identity!r}")
         own = _texts(path, entry.get("answer", entry.get("answers", [])), "answer")
-        known, kind = answers.get(identity, (own, None))
+        own_kind = entry.get("answer_type")
+        known, kind = answers.get(identity, (own, own_kind if isinstance(own_kind, str) else None))
         question = _text(path, "questions", entry, "question")
-        found.append(Item(identity, str(images / image), question, known, kind))
+        found.append(Item(identity, str(images / image) if image else "", question, known, kind))
     return _checked(path, "question_id", found)
 
 
@@ -137,12 +140,14 @@ def read_pairs(path: Path, images: Path) -> Pairs:
 
 
 def score_captions(items: Sequence[Item], answers: dict[Any, str]) -> Scored:
-    """CIDEr-D, BLEU and ROUGE-L of the pictures that have references."""
+    """CIDEr-D, BLEU, ROUGE-L of pictures with references; ``named``: percent of all ``names`` that captions hold."""
     known = {item.id: item.references for item in items if item.references}
     if not known:
         return Scored()
     scores = caption_scores({key: answers[key] for key in known}, known)
-    return Scored(scores.whole, {key: each["CIDEr"] for key, each in scores.each.items()}, "CIDEr")
+    named = [name.lower() in answers[item.id].lower() for item in items for name in item.names]
+    whole = scores.whole | ({"named": 100 * _mean(named)} if named else {})
+    return Scored(whole, {key: each["CIDEr"] for key, each in scores.each.items()}, "CIDEr")
 
 
 def score_answers(items: Sequence[Item], answers: dict[Any, str]) -> Scored:
@@ -152,13 +157,17 @@ def score_answers(items: Sequence[Item], answers: dict[Any, str]) -> Scored:
         return Scored()
     if all(len(item.references) == 1 for item in known):
         each = {item.id: 100 * exact_match(answers[item.id], item.references[0]) for item in known}
-        return Scored({"exact_match": _mean(each.values())}, each, "exact_match")
+        whole = {"exact_match": _mean(each.values())} | _by_kind("exact_match", known, each)
+        return Scored(whole, each, "exact_match")
     each = {item.id: 100 * vqa_accuracy(answers[item.id], item.references) for item in known}
     lavis = [100 * vqa_accuracy(answers[item.id], item.references, "lavis") for item in known]
     whole = {"accuracy": _mean(each.values()), "accuracy_lavis": _mean(lavis)}
-    for kind in sorted({item.kind for item in known if item.kind}):
-        whole[f"accuracy_{kind}"] = _mean([each[item.id] for item in known if item.kind == kind])
-    return Scored(whole, each, "accuracy")
+    return Scored(whole | _by_kind("accuracy", known, each), each, "accuracy")
+
+
+def _by_kind(metric: str, items: Sequence[Item], each: Mapping[Any, float]) -> dict[str, float]:
+    kinds = sorted({item.kind for item in items if item.kind})
+    return {f"{metric}_{kind}": _mean([each[item.id] for item in items if item.kind == kind]) for kind in kinds}
 
 
 SCORES: dict[str, Callable[[Sequence[Item], dict[Any, str]], Scored]] = {

@@ -1,0 +1,160 @@
+"""The small world as files: what `mgpt4 data shapes` writes, in the formats that data sets and tokenisers have.
+
+    tokenizer/, qformer_tokenizer/   SentencePiece as LLaMA's, word pieces as BERT's
+    text.jsonl                       texts for the language model
+    pairs.jsonl, pairs/              pictures with a caption: the Q-Former's and the projection's
+    curated.jsonl, curated/          pictures with an instruction and its answer: fine-tuning
+    test/, unseen/                   pictures never seen, of seen pairs of attributes and of unseen ones:
+                                     captions.json and pairs_N.json (lists as LAVIS's), questions.json (as VQAv2's);
+                                     questions_in_words.json asks the language model alone
+
+No scene to measure on is one to learn from. A seed is a world, to the byte.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+
+from mgpt4_jax.data import shapes_words as words
+from mgpt4_jax.data.shapes import Part, Scene, different_scenes, draw_picture, draw_scene
+from mgpt4_jax.errors import UserError
+from mgpt4_jax.progress import Report
+
+VOCABULARY = 512
+AMONG = 100
+"""Pairs of a file for retrieval: a picture is looked for among so many."""
+_MARKS = ("<Img>", "</Img>", "###")
+_WORDS = re.compile(r"[a-z]+|[^a-z\s]")
+_PIECES = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many there are of each.
+
+    Args:
+      texts: documents for the language model.
+      pairs: pictures with a caption.
+      curated: pictures with an instruction and its answer.
+      test: scenes to measure on, and as many again of unseen pairs of attributes.
+      questions: of each kind, asked about the scenes to measure on.
+    """
+
+    texts: int = 60_000
+    pairs: int = 12_000
+    curated: int = 6_000
+    test: int = 500
+    questions: int = 250
+
+
+def train_tokenizer(folder: Path, texts: Iterable[str]) -> None:
+    """``tokenizer.model`` and its ``tokenizer_config.json``, as LLaMA has them: BPE, bytes for what it never saw."""
+    folder.mkdir(parents=True)
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=VOCABULARY,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        user_defined_symbols=list(_MARKS),
+        num_threads=1,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    config = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False}
+    roles = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | roles, indent=1) + "\n")
+
+
+def train_word_pieces(path: Path, texts: Iterable[str]) -> None:
+    """``vocab.txt`` as BERT has it: the words of ``texts`` and what stands between them."""
+    found: set[str] = set()
+    for text in texts:
+        found.update(_WORDS.findall(text.lower()))
+    path.parent.mkdir(parents=True)
+    path.write_text("".join(f"{piece}\n" for piece in (*_PIECES, *sorted(found))))
+
+
+def write_world(out: Path, *, seed: int = 0, sizes: Sizes = Sizes(), report: Report | None = None) -> None:
+    """Write everything below ``out``, a new folder; see the head of this file."""
+    try:
+        out.mkdir(parents=True)
+    except OSError as error:
+        reason = "exists already" if isinstance(error, FileExistsError) else error.strerror
+        raise UserError(f"{out}: {reason}; choose another name") from error
+    rng = np.random.default_rng(seed)
+    texts = [words.document(draw_scene(rng), rng) for _ in range(sizes.texts)]
+    train_tokenizer(out / "tokenizer", texts[:5000])
+    train_word_pieces(out / "qformer_tokenizer" / "vocab.txt", texts[:5000])
+    _write_lines(out / "text.jsonl", ({"image": None, "caption": text} for text in texts))
+    total, done = sizes.pairs + sizes.curated + 2 * sizes.test, 0
+
+    def paint(folder: str, chosen: Iterable[Scene]) -> Iterator[tuple[str, Scene]]:
+        """(path of the picture, scene) of each, below ``out``."""
+        nonlocal done
+        (out / folder).mkdir(parents=True)
+        for number, scene in enumerate(chosen):
+            path = f"{folder}/{number:05d}.png"
+            draw_picture(scene, rng).save(out / path)
+            done += 1
+            if report is not None:
+                report(done, total)
+            yield path, scene
+
+    scenes = (draw_scene(rng) for _ in itertools.count())
+    pairs = paint("pairs", itertools.islice(scenes, sizes.pairs))
+    _write_lines(out / "pairs.jsonl", ({"image": path, "caption": words.caption(scene, rng)} for path, scene in pairs))
+    curated = paint("curated", itertools.islice(scenes, sizes.curated))
+    _write_lines(out / "curated.jsonl", (_curated(path, scene, rng) for path, scene in curated))
+    parts: tuple[Part, ...] = ("test", "unseen")
+    for part in parts:
+        chosen = list(paint(f"{part}/images", different_scenes(sizes.test, rng, part)))
+        _write_tests(out / part, chosen, sizes.questions, rng)
+
+
+def _curated(path: str, scene: Scene, rng: np.random.Generator) -> dict[str, Any]:
+    """A third is described at length, the rest is asked about."""
+    question = words.ask(scene, rng, "describe" if rng.random() < 1 / 3 else None)
+    return {"image": path, "instruction": question.text, "answer": question.answer}
+
+
+def _write_tests(folder: Path, painted: Sequence[tuple[str, Scene]], questions: int, rng: np.random.Generator) -> None:
+    """Files as the benchmarks have them, of the pictures of ``folder``; ``names`` are what a caption should name."""
+    names = [Path(path).name for path, _ in painted]
+    scenes = [scene for _, scene in painted]
+    captions = [
+        {"image": name, "image_id": number, "caption": [words.caption(scene, rng)], "names": [t.name for t in scene]}
+        for number, (name, scene) in enumerate(zip(names, scenes, strict=True))
+    ]
+    (folder / "captions.json").write_text(json.dumps(captions, indent=0))
+    for start in range(0, len(captions), AMONG):
+        (folder / f"pairs_{start // AMONG}.json").write_text(json.dumps(captions[start : start + AMONG], indent=0))
+    seen, told = [], []
+    for kind in words.ASKED:
+        for number in range(questions):
+            scene, name = scenes[number % len(scenes)], names[number % len(scenes)]
+            question = words.ask(scene, rng, kind)
+            asked = {"question_id": len(seen), "answer": question.answer, "answer_type": kind}
+            seen.append(asked | {"image": name, "question": question.text})
+            told.append(asked | {"image": None, "question": words.asked_in_words(scene, rng, question)})
+    (folder / "questions.json").write_text(json.dumps(seen, indent=0))
+    (folder / "questions_in_words.json").write_text(json.dumps(told, indent=0))
+
+
+def _write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+    with path.open("w") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)

@@ -1,0 +1,185 @@
+"""What is said about a scene of ``data/shapes.py``: captions, questions with their answers, and texts to learn from.
+
+Every text is drawn from a few wordings. An answer is a word or two, so that it can be compared to the letter; only
+"describe" is answered at length, and is measured by the names of the things in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from mgpt4_jax.data.batching import wrap_instruction
+from mgpt4_jax.data.prompts import IMAGE, MARKED_IMAGE, VICUNA_V0, chat_prompt, format_prompt
+from mgpt4_jax.data.shapes import COLOURS, HELD_OUT, PLACES, SHAPES, SIZES, Scene, Thing
+
+NUMBERS = ("no", "one", "two", "three")
+DESCRIBE = (
+    "describe the picture in detail.",
+    "describe this image.",
+    "what do you see in the picture?",
+    "please tell me what is in this picture.",
+)
+TURNS = 5  # questions of a text to learn from
+
+
+class Question(NamedTuple):
+    """``kind`` is one of ``KINDS``."""
+
+    kind: str
+    text: str
+    answer: str
+
+
+def pick(rng: np.random.Generator, options: Sequence[str]) -> str:
+    return options[int(rng.integers(len(options)))]
+
+
+# --- statements ---------------------------------------------------------------------------------------------
+
+
+def caption(scene: Scene, rng: np.random.Generator) -> str:
+    """All that there is to say, in one sentence; the things in any order."""
+    before = pick(rng, ("at the", "in the", ""))
+    parts = [f"a {thing.name} {before} {thing.place}".replace("  ", " ") for thing in _shuffled(scene, rng)]
+    start = pick(rng, ("", "", "a picture of ", "there is ", "this picture shows "))
+    if len(parts) == 1:
+        return start + parts[0]
+    return f"{start}{', '.join(parts[:-1])}{pick(rng, (' and ', ', '))}{parts[-1]}"
+
+
+def description(scene: Scene, rng: np.random.Generator) -> str:
+    """The long answer: how many things there are, then each with its place."""
+    noun = "thing" if len(scene) == 1 else "things"
+    verb = "is" if len(scene) == 1 else "are"
+    count = f"there {verb} {NUMBERS[len(scene)]} {noun} in the picture."
+    return " ".join([count, *(f"the {thing.name} is at the {thing.place}." for thing in _shuffled(scene, rng))])
+
+
+def scene_in_words(scene: Scene, rng: np.random.Generator) -> str:
+    """What a text says in the place of the picture."""
+    if rng.random() < 0.4:
+        return caption(scene, rng)
+    return ", ".join(f"{thing.name} {thing.place}" for thing in _shuffled(scene, rng))
+
+
+def _shuffled(scene: Scene, rng: np.random.Generator) -> list[Thing]:
+    return [scene[index] for index in rng.permutation(len(scene))]
+
+
+# --- questions ----------------------------------------------------------------------------------------------
+
+
+def _colour(scene: Scene, rng: np.random.Generator) -> Question:
+    thing = scene[int(rng.integers(len(scene)))]
+    text = pick(rng, (f"what colour is the {thing.shape}?", f"which colour does the {thing.shape} have?"))
+    return Question("colour", text, thing.colour)
+
+
+def _shape(scene: Scene, rng: np.random.Generator) -> Question:
+    thing = scene[int(rng.integers(len(scene)))]
+    which = pick(rng, (f"the {thing.colour} thing", f"the thing at the {thing.place}"))
+    return Question("shape", f"what shape is {which}?", thing.shape)
+
+
+def _size(scene: Scene, rng: np.random.Generator) -> Question:
+    thing = scene[int(rng.integers(len(scene)))]
+    which = pick(rng, (thing.shape, f"{thing.colour} {thing.shape}", f"{thing.colour} thing"))
+    return Question("size", pick(rng, (f"how big is the {which}?", f"is the {which} small or big?")), thing.size)
+
+
+def _count(scene: Scene, rng: np.random.Generator) -> Question:
+    text = pick(rng, ("how many things are there?", "how many things do you see?"))
+    return Question("count", text, NUMBERS[len(scene)])
+
+
+def _existence(scene: Scene, rng: np.random.Generator) -> Question:
+    """As often yes as no; what is not there has often the colour or the shape of what is."""
+    thing = scene[int(rng.integers(len(scene)))]
+    colour, shape, answer = thing.colour, thing.shape, "yes"
+    if rng.random() < 0.5:
+        there, answer = {(thing.colour, thing.shape) for thing in scene}, "no"
+        while (colour, shape) in there | HELD_OUT:
+            colour = thing.colour if rng.random() < 0.4 else pick(rng, list(COLOURS))
+            shape = thing.shape if rng.random() < 0.4 else pick(rng, SHAPES)
+    which = f"a {colour} {shape}"
+    return Question("existence", pick(rng, (f"is there {which}?", f"do you see {which}?")), answer)
+
+
+def _place(scene: Scene, rng: np.random.Generator) -> Question:
+    thing = scene[int(rng.integers(len(scene)))]
+    which = pick(rng, (thing.shape, f"{thing.colour} {thing.shape}", f"{thing.colour} thing"))
+    return Question("place", f"where is the {which}?", thing.place)
+
+
+def _check(scene: Scene, rng: np.random.Generator) -> Question:
+    """Is a thing of this colour, of this size, in this place?"""
+    thing = scene[int(rng.integers(len(scene)))]
+    true, options, form = [
+        (thing.colour, list(COLOURS), "is the {} {}?"),
+        (thing.size, list(SIZES), "is the {} {}?"),
+        (thing.place, list(PLACES), "is the {} at the {}?"),
+    ][int(rng.integers(3))]
+    said, answer = true, "yes"
+    if rng.random() < 0.5:
+        said, answer = pick(rng, [option for option in options if option != true]), "no"
+        if (said, thing.shape) in HELD_OUT:
+            said, answer = true, "yes"
+    return Question("check", form.format(thing.shape, said), answer)
+
+
+ASKED: dict[str, Callable[[Scene, np.random.Generator], Question]] = {
+    "colour": _colour,
+    "shape": _shape,
+    "size": _size,
+    "count": _count,
+    "existence": _existence,
+    "place": _place,
+    "check": _check,
+}
+KINDS = (*ASKED, "describe")
+
+
+def ask(scene: Scene, rng: np.random.Generator, kind: str | None = None) -> Question:
+    """A question of a kind, else of any with a short answer."""
+    if kind == "describe":
+        return Question("describe", pick(rng, DESCRIBE), description(scene, rng))
+    return ASKED[kind or pick(rng, list(ASKED))](scene, rng)
+
+
+# --- texts --------------------------------------------------------------------------------------------------
+
+
+def document(scene: Scene, rng: np.random.Generator) -> str:
+    """A text to learn from what pictures will be: the scene stands in words where a picture will.
+
+    As the rows of each stage read it: a caption behind the picture, one answer as the training template has it, or a
+    chat of several turns.
+    """
+    words = scene_in_words(scene, rng)
+    kind = rng.random()
+    if kind < 0.2:
+        return f"{words} {caption(scene, rng)}\n"
+    asked = [ask(scene, rng, "describe" if rng.random() < 0.12 else None) for _ in range(TURNS)]
+    if kind < 0.6:
+        first = wrap_instruction(VICUNA_V0, f"{MARKED_IMAGE} {asked[0].text}") + f" {asked[0].answer}"
+        rest = [wrap_instruction(VICUNA_V0, question.text) + f" {question.answer}" for question in asked[1:]]
+        return _shown("".join([first, *rest]) + VICUNA_V0.end_symbol, words)
+    messages = []
+    for turn, question in enumerate(asked):
+        messages.append(("user", question.text if turn else f"{MARKED_IMAGE} {question.text}"))
+        messages.append(("assistant", f" {question.answer}"))
+    return _shown(chat_prompt(VICUNA_V0, messages), words)
+
+
+def asked_in_words(scene: Scene, rng: np.random.Generator, question: Question) -> str:
+    """A whole prompt of ``question`` with the scene in words: how well can the language model answer at all?"""
+    prompt = format_prompt(VICUNA_V0, question.text, 1)
+    return _shown(prompt, scene_in_words(scene, rng))
+
+
+def _shown(text: str, words: str) -> str:
+    """With blanks around the words: pictures stand between stretches of text that are read by themselves."""
+    return text.replace(IMAGE, f" {words} ")

@@ -1,0 +1,80 @@
+"""Models that begin random, to be trained from nothing: ``mgpt4 init``.
+
+The published recipes begin with trained towers, and what little they begin random is drawn as PyTorch draws it
+(``convert/bert.py``). That spread, 0.02, fits widths near a thousand; here it follows the width instead, so that small
+models learn too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from mgpt4_jax.checkpoint import flatten, is_stacked, nest, new_directory, write_model
+from mgpt4_jax.config import ModelConfig
+from mgpt4_jax.data.prompts import get_template
+from mgpt4_jax.data.text import copy_tokenizer, load_bert_tokenizer, load_llama_tokenizer
+from mgpt4_jax.models import abstract_params, num_parameters
+from mgpt4_jax.typing import Params
+
+TEMPERATURE = 0.07
+CROSSED = {"query": 2.5, "key": 2.5, "value": 1.8, "out": 1.8}
+"""How much stronger cross-attention begins: then the queries tell pictures apart from the first step on."""
+DEEP = 0.3
+"""How much weaker what a block adds begins: what comes out is what went in, and a little of its surroundings."""
+
+
+def init_model(
+    config: ModelConfig,
+    out: Path | str,
+    *,
+    seed: int = 0,
+    template: str = "none",
+    tokenizer: Path | str | None = None,
+    qformer_tokenizer: Path | str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a random model of ``config`` as a model directory, with copies of its tokenisers."""
+    fields = {"config": config, "template": get_template(template).name, "num_parameters": num_parameters(config)}
+    readers = {
+        "tokenizer": (tokenizer, load_llama_tokenizer),
+        "qformer_tokenizer": (qformer_tokenizer, load_bert_tokenizer),
+    }
+    with new_directory(out, overwrite=overwrite) as partial:
+        for name, (directory, read) in readers.items():
+            if directory is not None:
+                read(directory)  # refuses what is none
+                copy_tokenizer(directory, partial / name)
+        write_model(partial, initial_params(config, seed), fields)
+    return Path(out)
+
+
+def initial_params(config: ModelConfig, seed: int) -> Params:
+    """Float32 leaves; the numbers of a leaf depend on the seed and on the leaves before it."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path: str, shape: tuple[int, ...]) -> np.ndarray:
+        name = path.split("/")[-1]
+        if path == "temp":
+            return np.full(shape, TEMPERATURE, np.float32)
+        if name == "scale":
+            return np.ones(shape, np.float32)
+        if name in ("bias", "q_bias", "v_bias"):
+            return np.zeros(shape, np.float32)
+        return rng.normal(size=shape).astype(np.float32) * np.float32(spread(path, shape))
+
+    return nest({path: draw(path, leaf.shape) for path, leaf in flatten(abstract_params(config)).items()})
+
+
+def spread(path: str, shape: tuple[int, ...]) -> float:
+    """The standard deviation of a matrix: one over the root of how many numbers are summed."""
+    *_, part, name = path.split("/")
+    if path == "vit/pos_embed":
+        return 1.0  # places count as much as what is seen there
+    if name != "kernel":
+        return shape[-1] ** -0.5
+    shape = shape[1:] if is_stacked(path) else shape
+    inputs = shape[0] * shape[1] if part == "out" else shape[0]
+    scale = CROSSED[part] if "/cross_attn/" in path else 1.0
+    return (DEEP if "/blocks/" in path and part in ("out", "fc2") else scale) * inputs**-0.5
