@@ -42,6 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sharding": BASE | ANY_MODEL,
     "checkpoint": BASE | ANY_MODEL | {"sharding"},
     "fingerprint": BASE | ANY_MODEL | {"sharding", "checkpoint"},
+    "initial": BASE | ANY_MODEL | {"checkpoint", "data"},
     "data": {"errors", "config", "train_config"},
     "train": LIBRARY,
     "generate": STORES,
@@ -49,7 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "search": STORES | {"generate", "fingerprint"},  # which names the model of an index
     "convert": STORES | {"losses"},
     "api": LIBRARY | USES | {"convert"},
-    "commands": LIBRARY | USES | {"", "convert", "api"},
+    "commands": LIBRARY | USES | {"", "convert", "api", "initial"},
     "cli": {"errors", "commands"},
     "demo": {"cli"},
     "__main__": {"cli"},

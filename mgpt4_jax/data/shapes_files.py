@@ -17,7 +17,7 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ import sentencepiece
 from mgpt4_jax.data import shapes_words as words
 from mgpt4_jax.data.shapes import Part, Scene, different_scenes, draw_picture, draw_scene
 from mgpt4_jax.errors import UserError
-from mgpt4_jax.progress import Report
 
 VOCABULARY = 512
 AMONG = 100
@@ -89,7 +88,9 @@ def train_word_pieces(path: Path, texts: Iterable[str]) -> None:
     path.write_text("".join(f"{piece}\n" for piece in (*_PIECES, *sorted(found))))
 
 
-def write_world(out: Path, *, seed: int = 0, sizes: Sizes = Sizes(), report: Report | None = None) -> None:
+def write_world(
+    out: Path, *, seed: int = 0, sizes: Sizes = Sizes(), report: Callable[[int, int], None] | None = None
+) -> None:
     """Write everything below ``out``, a new folder; see the head of this file."""
     try:
         out.mkdir(parents=True)
