@@ -107,14 +107,15 @@ def _draw_thing(pen: ImageDraw.ImageDraw, thing: Thing, box: tuple[int, int, int
 
 
 def write_pairs(folder: Path, chosen: list[Scene], seed: int) -> Path:
-    """``folder/data.jsonl`` and its pictures, one pair a scene; ``pairs.json`` is the same as `mgpt4 eval` reads it."""
+    """``folder/data.jsonl`` and its pictures, one pair a scene; ``pairs.json`` is the same as a list of LAVIS."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True)
     lines = []
     for number, scene in enumerate(chosen):
         picture(scene, rng).save(folder / f"{number:05d}.png")
         lines.append({"id": number, "image": f"{number:05d}.png", "caption": caption(scene)})
-    (folder / "pairs.json").write_text(json.dumps(lines))
+    pairs = [{"image": line["image"], "caption": [line["caption"]]} for line in lines]
+    (folder / "pairs.json").write_text(json.dumps(pairs))
     path = folder / "data.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
