@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 
 from mgpt4_jax.errors import UserError
-from mgpt4_jax.evaluate.tasks import Item, prompt_of, read_captions, read_pairs, read_questions, score_answers
+from mgpt4_jax.evaluate.tasks import (
+    Item,
+    prompt_of,
+    read_captions,
+    read_pairs,
+    read_questions,
+    score_answers,
+    score_captions,
+)
 
 PICTURES = Path("pictures")
 
@@ -120,3 +128,29 @@ def test_scores_of_answers() -> None:
     single = [Item(1, "", references=("yes",)), Item(2, "", references=("no",))]
     assert score_answers(single, {1: "Yes.", 2: "yes"}).whole == {"exact_match": 50}
     assert score_answers([Item(3, "")], {3: "x"}).whole == {}
+
+
+def test_questions_in_words_and_their_kinds(tmp_path: Path) -> None:
+    entries = [
+        {"question_id": 0, "image": None, "question": "red?", "answer": "yes", "answer_type": "check"},
+        {"question_id": 1, "image": "a.png", "question": "how many?", "answer": "two", "answer_type": "count"},
+        {"question_id": 2, "image": "a.png", "question": "how many?", "answer": "one", "answer_type": "count"},
+    ]
+    items = read_questions(write(tmp_path / "q.json", entries), None, PICTURES, "{}.jpg")
+    assert [item.image for item in items] == ["", "pictures/a.png", "pictures/a.png"]
+    scored = score_answers(items, {0: "Yes.", 1: "2", 2: "two"})
+    assert scored.whole == {
+        "exact_match": pytest.approx(200 / 3),
+        "exact_match_check": 100.0,
+        "exact_match_count": 50.0,
+    }
+
+
+def test_names_that_a_caption_should_hold(tmp_path: Path) -> None:
+    entries = [
+        {"image": "a.png", "image_id": 0, "caption": "a red dog", "names": ["red dog", "cat"]},
+        {"image": "b.png", "image_id": 1, "caption": "a cat", "names": ["cat"]},
+    ]
+    items = read_captions(write(tmp_path / "list.json", entries), PICTURES)
+    scored = score_captions(items, {0: "the Red dog", 1: "a dog red"})
+    assert scored.whole["named"] == pytest.approx(100 / 3)

@@ -1,0 +1,138 @@
+"""The small world: what is drawn, what is said about it, and its files."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mgpt4_jax.cli import main
+from mgpt4_jax.data import shapes_words as words
+from mgpt4_jax.data.shapes import COLOURS, HELD_OUT, SHAPES, Thing, different_scenes, draw_picture, draw_scene, part_of
+from mgpt4_jax.data.text import load_bert_tokenizer, load_llama_tokenizer
+
+SIZES = ["--texts", "40", "--pairs", "6", "--curated", "6", "--test", "5", "--questions", "6"]
+SCENE = (Thing("small", "red", "circle", "top left"), Thing("big", "blue", "cross", "bottom right"))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("shapes") / "world"
+    assert main(["data", "shapes", "--out", str(out), "--seed", "3", *SIZES]) == 0
+    return out
+
+
+def test_parts_of_the_world_share_no_scene() -> None:
+    rng = np.random.default_rng(0)
+    learnt = {draw_scene(rng) for _ in range(3000)}
+    test, unseen = different_scenes(300, rng, "test"), different_scenes(300, rng, "unseen")
+    assert not learnt & {*test, *unseen}
+    assert len(set(test)) == len(set(unseen)) == 300
+    shown = {(thing.colour, thing.shape) for scene in (*learnt, *test) for thing in scene}
+    assert not shown & HELD_OUT
+    assert len(shown) == len(COLOURS) * len(SHAPES) - len(HELD_OUT)
+    assert all(any((thing.colour, thing.shape) in HELD_OUT for thing in scene) for scene in unseen)
+    assert {part_of(scene) for scene in test} == {"test"}
+
+
+def test_things_of_a_scene_differ_in_colour_shape_and_place() -> None:
+    rng = np.random.default_rng(1)
+    drawn = [draw_scene(rng) for _ in range(300)]
+    assert Counter(map(len, drawn)).keys() == {1, 2, 3}
+    for scene in drawn:
+        for name in ("colour", "shape", "place"):
+            assert len({getattr(thing, name) for thing in scene}) == len(scene)
+
+
+def test_a_picture_shows_the_colour_in_its_cell() -> None:
+    for seed in range(10):
+        pixels = np.asarray(draw_picture(SCENE, np.random.default_rng(seed))).astype(int)
+        red = (pixels[..., 0] - pixels[..., 2]) > 100
+        blue = (pixels[..., 2] - pixels[..., 0]) > 100
+        assert red[:24, :24].any() and not red[24:].any() and not red[:, 24:].any()
+        assert blue[24:, 24:].any() and not blue[:24].any() and not blue[:, :24].any()
+        assert blue.sum() > red.sum()  # a big cross beside a small circle
+
+
+def test_a_seed_is_a_picture() -> None:
+    first, second, other = (draw_picture(SCENE, np.random.default_rng(seed)).tobytes() for seed in (4, 4, 5))
+    assert first == second != other
+
+
+@pytest.mark.parametrize("kind", words.ASKED)
+def test_answers_are_true(kind: str) -> None:
+    """Each answer is worked out again from the words of its question alone."""
+    rng = np.random.default_rng(2)
+    answers = Counter()
+    for _ in range(200):
+        scene = draw_scene(rng)
+        question = words.ask(scene, rng, kind)
+        asked = set(question.text.removesuffix("?").split())
+        about = [t for t in scene if t.shape in asked or t.colour in asked]
+        answers[question.answer] += 1
+        if kind == "count":
+            assert question.answer == words.NUMBERS[len(scene)]
+        elif kind == "existence":
+            there = any({thing.colour, thing.shape} <= asked for thing in scene)
+            assert question.answer == ("yes" if there else "no")
+        elif kind == "check":
+            [thing] = [t for t in scene if t.shape in asked]
+            said = question.text.split(f"{thing.shape} ")[1].removesuffix("?").removeprefix("at the ")
+            holds = said in (thing.size, thing.colour, thing.place)
+            assert question.answer == ("yes" if holds else "no")
+        else:
+            thing = about[0] if about else next(t for t in scene if t.place in question.text)
+            assert question.answer == getattr(thing, kind)
+    if kind in ("existence", "check"):
+        assert 0.35 < answers["yes"] / 200 < 0.65
+
+
+def test_captions_and_descriptions_name_everything() -> None:
+    rng = np.random.default_rng(3)
+    for _ in range(50):
+        scene = draw_scene(rng)
+        for text in (words.caption(scene, rng), words.description(scene, rng), words.scene_in_words(scene, rng)):
+            assert all(thing.name in text and thing.place in text for thing in scene)
+
+
+def test_no_text_names_a_held_out_pair() -> None:
+    rng = np.random.default_rng(4)
+    texts = " ".join(words.document(draw_scene(rng), rng) for _ in range(300))
+    assert not [pair for pair in HELD_OUT if " ".join(pair) in texts]
+
+
+def test_the_files_of_a_world(world: Path) -> None:
+    lines = [json.loads(line) for line in (world / "pairs.jsonl").read_text().splitlines()]
+    assert len(lines) == 6 and all((world / line["image"]).is_file() for line in lines)
+    curated = [json.loads(line) for line in (world / "curated.jsonl").read_text().splitlines()]
+    assert all(line.keys() == {"image", "instruction", "answer"} for line in curated)
+    for part in ("test", "unseen"):
+        asked = json.loads((world / part / "questions.json").read_text())
+        told = json.loads((world / part / "questions_in_words.json").read_text())
+        assert Counter(entry["answer_type"] for entry in asked) == dict.fromkeys(words.ASKED, 6)
+        assert [entry["answer"] for entry in asked] == [entry["answer"] for entry in told]
+        assert all((world / part / "images" / entry["image"]).is_file() for entry in asked)
+        assert len(json.loads((world / part / "captions.json").read_text())) == 5
+
+
+def test_the_tokenisers_know_every_word(world: Path) -> None:
+    pieces, word_pieces = load_llama_tokenizer(world / "tokenizer"), load_bert_tokenizer(world / "qformer_tokenizer")
+    rng = np.random.default_rng(5)
+    text = words.caption(draw_scene(rng), rng)
+    assert pieces.decode(pieces.encode(text)) == text
+    assert "[UNK]" not in word_pieces.decode(word_pieces.encode(text), skip_special=False)
+
+
+def test_the_same_seed_writes_the_same_world(world: Path, tmp_path: Path) -> None:
+    assert main(["data", "shapes", "--out", str(tmp_path / "again"), "--seed", "3", *SIZES]) == 0
+    files = sorted(path.relative_to(world) for path in world.rglob("*") if path.is_file())
+    assert len(files) > 20
+    assert all((world / file).read_bytes() == (tmp_path / "again" / file).read_bytes() for file in files)
+
+
+def test_a_world_is_never_written_over(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "shapes", "--out", str(world), *SIZES]) == 2
+    assert "exists already" in capsys.readouterr().err
