@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +13,19 @@ from mgpt4_jax.errors import UserError
 
 SIDE = 320  # of a picture on the page, in pixels
 MAX_REFERENCES = 5
-_STYLE = ".answer { background: #e3f1e8; } .reference { color: #667484; }"
+_STYLE = """
+th { text-align: left; font-weight: normal; color: #667484; padding: 0 1.2em 0 0; }
+.answer { background: #e3f1e8; border-radius: 4px; padding: .1em .4em; margin-bottom: .3em; }
+.answer.wrong { background: #eef1f5; } .reference { color: #667484; }
+"""
+
+Table = Sequence[Sequence[str | float]]
+"""Rows of cells: words are headings, numbers are scores."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """What one card shows."""
+    """What one card shows; ``wrong``: which of the answers, by index, are known to be wrong."""
 
     name: str
     image: str
@@ -26,22 +33,33 @@ class Example:
     answers: Sequence[str]
     references: Sequence[str]
     score: str
+    wrong: Sequence[int] = ()
 
 
-def write_examples(path: Path, title: str, scores: Mapping[str, float], examples: Sequence[Example]) -> None:
+def write_examples(path: Path, title: str, scores: Table, examples: Sequence[Example], note: str = "") -> None:
     """Write the page, which needs no other file; it appears when it is whole.
+
+    Args:
+      note: says what the cards show.
 
     Raises:
       UserError: it cannot be written.
     """
-    rows = "".join(f"<tr><td>{as_text(name)}</td><td>{value:.4g}</td></tr>" for name, value in scores.items())
+    rows = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in scores)
     cards = "\n".join(map(_card, examples))
-    write_whole(path, render_shell(title, [f"<table>{rows}</table>", f'<div class="cards">\n{cards}\n</div>'], _STYLE))
+    parts = [f"<table>{rows}</table>", f'<p class="dim">{as_text(note)}</p>', f'<div class="cards">\n{cards}\n</div>']
+    write_whole(path, render_shell(title, parts, _STYLE))
+
+
+def _cell(value: str | float) -> str:
+    return f"<th>{as_text(value)}</th>" if isinstance(value, str) else f"<td>{value:.4g}</td>"
 
 
 def _card(example: Example) -> str:
     lines = [f'<div class="question">{as_text(example.question)}</div>'] if example.question else []
-    lines += [f'<div class="answer">{as_text(text)}</div>' for text in example.answers]
+    for index, text in enumerate(example.answers):
+        kind = "answer wrong" if index in example.wrong else "answer"
+        lines.append(f'<div class="{kind}">{as_text(text)}</div>')
     lines += [f'<div class="reference">{as_text(text)}</div>' for text in example.references[:MAX_REFERENCES]]
     name = f'<div class="name">{as_text(example.name)} · {as_text(example.score)}</div>'
     picture, words = render_picture(_jpeg(example.image) if example.image else None), "".join(lines)

@@ -16,7 +16,7 @@ import numpy as np
 from mgpt4_jax.data.prompts import Template
 from mgpt4_jax.errors import UserError
 from mgpt4_jax.evaluate.metrics import recalls
-from mgpt4_jax.evaluate.page import Example, spread, write_examples
+from mgpt4_jax.evaluate.page import Example, Table, spread, write_examples
 from mgpt4_jax.evaluate.retrieval import Retriever, best_pairs, match_in_parts, rerank
 from mgpt4_jax.evaluate.tasks import ANSWER_NAMES, ID_NAMES, SCORES, Item, Pairs, Scored, prompt_of
 from mgpt4_jax.generate.answer import Answerer
@@ -25,6 +25,11 @@ from mgpt4_jax.generate.sampling import SamplingParams
 from mgpt4_jax.progress import Report
 
 TITLES = {"caption": "Captions", "vqa": "Answers", "retrieval": "Retrieval"}
+NOTE = "Examples from the worst to the best: picture, answer, references."
+RETRIEVAL_NOTE = (
+    "Pictures from the worst to the best: the three texts that came first, ✓ if they are the picture's own, with their "
+    "score (similarity and matching logit, added); then its own texts."
+)
 
 
 def open_directory(out: Path, settings: Mapping[str, Any]) -> None:
@@ -93,7 +98,7 @@ def run_answers(
     counts = {"items": len(items), "failed": summary.failed}
     write_json(out / "scores.json", {**scored.whole, **counts})
     shown = _answer_examples(items, answers, scored, examples)
-    write_examples(out / "page.html", TITLES[task], {**scored.whole, **counts}, shown)
+    write_examples(out / "page.html", TITLES[task], list({**scored.whole, **counts}.items()), shown, NOTE)
     return scored.whole, summary.failed
 
 
@@ -137,20 +142,36 @@ def run_retrieval(
     scores = {**found, **{f"itc_{name}": value for name, value in first.items()}}
     write_json(out / "recalls.json", found)
     write_json(out / "scores.json", {**scores, "images": len(pairs.images), "texts": len(pairs.texts)})
-    write_examples(out / "page.html", TITLES["retrieval"], scores, _retrieval_examples(pairs, to_text, examples))
+    shown = _retrieval_examples(pairs, to_text, examples)
+    write_examples(out / "page.html", TITLES["retrieval"], _recall_table(scores), shown, RETRIEVAL_NOTE)
     return scores
 
 
+def _recall_table(scores: Mapping[str, float]) -> Table:
+    """What a person compares, side by side: both directions, before and after matching, in percent."""
+    rows: list[list[str | float]] = [["", "R@1", "R@5", "R@10", "mean"]]
+    for what, name in (("texts of a picture", "txt"), ("pictures of a text", "img")):
+        for how, prefix in (("by contrast", "itc_"), ("matched again", "")):
+            rows.append([f"{what}, {how}", *(scores[f"{prefix}{name}_{end}"] for end in ("r1", "r5", "r10", "r_mean"))])
+    return rows
+
+
 def _retrieval_examples(pairs: Pairs, to_text: np.ndarray, limit: int) -> list[Example]:
-    """Pictures with the texts that were found first."""
-    shown = []
-    for index in spread(len(pairs.images), limit):
-        best = np.argsort(to_text[index], kind="stable")[::-1][:3]
+    """Pictures with the texts that were found first, from the worst: those whose own text came late, or just so."""
+    lead = [_lead(scores, own) for scores, own in zip(to_text, pairs.texts_of, strict=True)]
+    ordered, shown = np.argsort(lead, kind="stable"), []
+    for index in ordered[spread(len(ordered), limit)]:
         own = set(pairs.texts_of[index])
+        best = np.argsort(to_text[index], kind="stable")[::-1][:3]
         texts = [f"{'✓' if text in own else '✗'} {to_text[index, text]:.3f} {pairs.texts[text]}" for text in best]
-        right = "right" if int(best[0]) in own else "wrong"
-        name = Path(pairs.images[index]).name
-        shown.append(
-            Example(name, pairs.images[index], "", texts, [pairs.texts[i] for i in pairs.texts_of[index]], right)
-        )
+        wrong = [place for place, text in enumerate(best) if text not in own]
+        right = "wrong" if 0 in wrong else "right"
+        path, references = pairs.images[index], [pairs.texts[text] for text in pairs.texts_of[index]]
+        shown.append(Example(Path(path).name, path, "", texts, references, right, wrong))
     return shown
+
+
+def _lead(scores: np.ndarray, own: Sequence[int]) -> float:
+    """By how much the best of a picture's own texts scores above the best of the others."""
+    others = np.delete(scores, own)
+    return float(scores[list(own)].max() - others.max()) if len(others) else 0.0

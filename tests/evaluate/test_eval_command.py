@@ -12,6 +12,8 @@ import pytest
 from mgpt4_jax import cli
 from mgpt4_jax.convert.convert import convert
 from mgpt4_jax.evaluate.retrieval import best_pairs, rerank
+from mgpt4_jax.evaluate.run import _retrieval_examples
+from mgpt4_jax.evaluate.tasks import Pairs
 from tests.generate.conftest import GOLDEN, model_dir, pictures  # noqa: F401  (fixtures)
 
 FILES = {"settings.json", "questions.jsonl", "answers.jsonl", "results.json", "scores.json", "page.html"}
@@ -104,7 +106,9 @@ def test_retrieval_is_the_same_over_devices(
         assert code == 0, err
         assert "txt_r1" in shown and "itc_img_r5" in shown
         scores.append(json.loads((out / "scores.json").read_text()))
-        assert "✓" in (out / "page.html").read_text() or "✗" in (out / "page.html").read_text()
+        page = (out / "page.html").read_text()
+        assert page.count('class="card"') == len(pictures) and "<th>R@10</th>" in page
+        assert page.count('<div class="answer">✓') + page.count('<div class="answer wrong">✗') == 3 * len(pictures)
         part = out / "matched" / "000000.npy"
         scores.append(np.load(part).tolist())
         before = part.stat().st_mtime_ns
@@ -112,6 +116,18 @@ def test_retrieval_is_the_same_over_devices(
         assert part.stat().st_mtime_ns == before
     assert scores[0] == scores[2]
     np.testing.assert_allclose(scores[1], scores[3], rtol=1e-4, atol=1e-5)
+
+
+def test_the_page_of_retrieval_begins_with_the_worst() -> None:
+    """The first picture is found with a margin of 3, the second is not found, the third just so."""
+    pairs = Pairs(["a.png", "b.png", "c.png"], ["one", "two", "three"], [[0], [1], [2]], [0, 1, 2])
+    shown = _retrieval_examples(pairs, np.array([[5.0, 2, 1], [2, 1, 0], [1, 2, 2.5]]), 3)
+    assert [(each.name, each.score, list(each.wrong)) for each in shown] == [
+        ("b.png", "wrong", [0, 2]),
+        ("c.png", "right", [1, 2]),
+        ("a.png", "right", [1, 2]),
+    ]
+    assert shown[0].answers[:2] == ["✗ 2.000 one", "✓ 1.000 two"]
 
 
 def test_only_the_best_of_each_row_are_matched() -> None:
