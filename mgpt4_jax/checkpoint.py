@@ -241,7 +241,7 @@ class ParamsWriter:
         described = self._params_dir.with_name("params.described")
         handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True, multiprocessing_options=alone)
         with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
-            checkpointer.save(described.absolute(), args=ocp.args.PyTreeSave(tree))
+            checkpointer.save(described.resolve(), args=ocp.args.PyTreeSave(tree))
         for file in described.iterdir():
             if file.is_file():
                 file.rename(self._params_dir / file.name)
@@ -461,7 +461,8 @@ def nest(leaves: dict[str, Any]) -> dict[str, Any]:
 
 
 def _spec(params_dir: Path, path: str) -> dict[str, Any]:
-    kvstore = {"driver": "file", "path": str(params_dir.absolute() / path.replace("/", "."))}
+    # tensorstore takes no ".." in a path
+    kvstore = {"driver": "file", "path": str(params_dir.resolve() / path.replace("/", "."))}
     return {"driver": "zarr3", "kvstore": kvstore}
 
 

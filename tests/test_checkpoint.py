@@ -42,6 +42,10 @@ def assert_same(ours, theirs):
     assert jax.tree.all(same), same
 
 
+def test_a_path_may_lead_up_and_down_again(model_dir, params):
+    assert_same(checkpoint.load_params(model_dir / ".." / model_dir.name), params)
+
+
 def test_what_is_written_is_read_bit_for_bit_in_its_own_dtypes(model_dir, params):
     assert_same(checkpoint.load_params(model_dir), params)
     manifest = checkpoint.read_manifest(model_dir)

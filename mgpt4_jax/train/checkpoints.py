@@ -69,7 +69,7 @@ class Checkpoints:
         )
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+            self._manager = ocp.CheckpointManager(directory.resolve(), options=options)
         except OSError as error:
             raise UserError(f"{directory}: cannot hold checkpoints ({error.strerror}); choose another --run") from error
         for step in self.steps():
