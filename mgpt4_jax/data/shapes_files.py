@@ -1,7 +1,7 @@
 """The small world as files: what `mgpt4 data shapes` writes, in the formats that data sets and tokenisers have.
 
     tokenizer/, qformer_tokenizer/   SentencePiece as LLaMA's, word pieces as BERT's
-    text.jsonl                       texts for the language model
+    statements.jsonl, talks.jsonl    texts for the language model
     pairs.jsonl, pairs/              pictures with a caption: the Q-Former's and the projection's
     curated.jsonl, curated/          pictures with an instruction and its answer: fine-tuning
     test/, unseen/                   pictures never seen, of seen pairs of attributes and of unseen ones:
@@ -34,6 +34,7 @@ AMONG = 100
 """Pairs of a file for retrieval: a picture is looked for among so many."""
 _MARKS = ("<Img>", "</Img>", "###")
 _WORDS = re.compile(r"[a-z]+|[^a-z\s]")
+_TEXTS = {"statements": words.statement, "talks": words.talk}
 _PIECES = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -42,7 +43,7 @@ class Sizes:
     """How many there are of each.
 
     Args:
-      texts: documents for the language model.
+      texts: of each kind for the language model.
       pairs: pictures with a caption.
       curated: pictures with an instruction and its answer.
       test: scenes to measure on, and as many again of unseen pairs of attributes.
@@ -98,10 +99,12 @@ def write_world(
         reason = "exists already" if isinstance(error, FileExistsError) else error.strerror
         raise UserError(f"{out}: {reason}; choose another name") from error
     rng = np.random.default_rng(seed)
-    texts = [words.document(draw_scene(rng), rng) for _ in range(sizes.texts)]
-    train_tokenizer(out / "tokenizer", texts[:5000])
-    train_word_pieces(out / "qformer_tokenizer" / "vocab.txt", texts[:5000])
-    _write_lines(out / "text.jsonl", ({"image": None, "caption": text} for text in texts))
+    texts = {kind: [write(draw_scene(rng), rng) for _ in range(sizes.texts)] for kind, write in _TEXTS.items()}
+    some = [text for kind in texts.values() for text in kind[:2500]]
+    train_tokenizer(out / "tokenizer", some)
+    train_word_pieces(out / "qformer_tokenizer" / "vocab.txt", some)
+    for kind, written in texts.items():
+        _write_lines(out / f"{kind}.jsonl", ({"image": None, "caption": text} for text in written))
     total, done = sizes.pairs + sizes.curated + 2 * sizes.test, 0
 
     def paint(folder: str, chosen: Iterable[Scene]) -> Iterator[tuple[str, Scene]]:

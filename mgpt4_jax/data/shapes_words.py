@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mgpt4_jax.data.batching import wrap_instruction
-from mgpt4_jax.data.prompts import IMAGE, MARKED_IMAGE, VICUNA_V0, chat_prompt, format_prompt
+from mgpt4_jax.data.prompts import IMAGE, MARKED_IMAGE, VICUNA_V0, Message, chat_prompt, format_prompt
 from mgpt4_jax.data.shapes import COLOURS, HELD_OUT, PLACES, SHAPES, SIZES, Scene, Thing
 
 NUMBERS = ("no", "one", "two", "three")
@@ -22,7 +22,7 @@ DESCRIBE = (
     "what do you see in the picture?",
     "please tell me what is in this picture.",
 )
-TURNS = 5  # questions of a text to learn from
+TURNS = 8  # questions of a text to learn from
 
 
 class Question(NamedTuple):
@@ -152,26 +152,34 @@ def ask(scene: Scene, rng: np.random.Generator, kind: str | None = None) -> Ques
 # --- texts --------------------------------------------------------------------------------------------------
 
 
-def document(scene: Scene, rng: np.random.Generator) -> str:
-    """A text to learn from what pictures will be: the scene stands in words where a picture will.
+def statement(scene: Scene, rng: np.random.Generator) -> str:
+    """A short text: the scene in words where a picture will be, and all of it said again.
 
-    As the rows of each stage read it: a caption behind the picture, one answer as the training template has it, or a
-    chat of several turns.
+    It is what the rows of the first stages read: a caption behind the picture, or a description that was asked for.
     """
-    words = scene_in_words(scene, rng)
-    kind = rng.random()
-    if kind < 0.2:
-        return f"{words} {caption(scene, rng)}\n"
-    asked = [ask(scene, rng, "describe" if rng.random() < 0.12 else None) for _ in range(TURNS)]
-    if kind < 0.6:
-        first = wrap_instruction(VICUNA_V0, f"{MARKED_IMAGE} {asked[0].text}") + f" {asked[0].answer}"
-        rest = [wrap_instruction(VICUNA_V0, question.text) + f" {question.answer}" for question in asked[1:]]
-        return _shown("".join([first, *rest]) + VICUNA_V0.end_symbol, words)
-    messages = []
+    if rng.random() < 0.5:
+        return f"{scene_in_words(scene, rng)} {caption(scene, rng)}\n"
+    return _talk_in_training(scene, rng, [ask(scene, rng, "describe")])
+
+
+def talk(scene: Scene, rng: np.random.Generator) -> str:
+    """A text of several questions, as the training template has it or, one in four, as a chat has it."""
+    asked = [ask(scene, rng) for _ in range(TURNS)]
+    if rng.random() < 0.75:
+        return _talk_in_training(scene, rng, asked)
+    messages: list[Message] = []
     for turn, question in enumerate(asked):
         messages.append(("user", question.text if turn else f"{MARKED_IMAGE} {question.text}"))
         messages.append(("assistant", f" {question.answer}"))
-    return _shown(chat_prompt(VICUNA_V0, messages), words)
+    return _shown(chat_prompt(VICUNA_V0, messages), scene_in_words(scene, rng))
+
+
+def _talk_in_training(scene: Scene, rng: np.random.Generator, asked: Sequence[Question]) -> str:
+    texts = [f"{MARKED_IMAGE} {asked[0].text}", *(question.text for question in asked[1:])]
+    turns = [
+        f"{wrap_instruction(VICUNA_V0, text)} {question.answer}" for text, question in zip(texts, asked, strict=True)
+    ]
+    return _shown("".join(turns) + VICUNA_V0.end_symbol, scene_in_words(scene, rng))
 
 
 def asked_in_words(scene: Scene, rng: np.random.Generator, question: Question) -> str:
