@@ -6,7 +6,8 @@
     curated.jsonl, curated/          pictures with an instruction and its answer: fine-tuning
     test/, unseen/                   pictures never seen, of seen pairs of attributes and of unseen ones:
                                      captions.json and pairs_N.json (lists as LAVIS's), questions.json (as VQAv2's);
-                                     questions_in_words.json asks the language model alone
+                                     questions_in_words.json asks the language model alone, blind/ are the same
+                                     pictures for one who sees nothing: the mean of those in pairs/
 
 No scene to measure on is one to learn from. A seed is a world, to the byte.
 """
@@ -24,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import sentencepiece
+from PIL import Image
 
 from mgpt4_jax.data import shapes_words as words
 from mgpt4_jax.data.shapes import Part, Scene, different_scenes, draw_picture, draw_scene
@@ -128,6 +130,20 @@ def write_world(
     for part in parts:
         chosen = list(paint(f"{part}/images", different_scenes(sizes.test, rng, part)))
         _write_tests(out / part, chosen, sizes.questions, rng)
+        _write_blind(out / part, mean_picture(sorted((out / "pairs").iterdir())))
+
+
+def mean_picture(paths: Sequence[Path]) -> Image.Image:
+    """What all pictures have in common: to be shown it is to see nothing."""
+    total = sum(np.asarray(Image.open(path), np.float64) for path in paths)
+    return Image.fromarray(np.round(total / len(paths)).astype(np.uint8))
+
+
+def _write_blind(folder: Path, picture: Image.Image) -> None:
+    """``blind/`` beside ``images/``: the same names, and one picture under all of them."""
+    (folder / "blind").mkdir()
+    for path in (folder / "images").iterdir():
+        picture.save(folder / "blind" / path.name)
 
 
 def _curated(path: str, scene: Scene, rng: np.random.Generator) -> dict[str, Any]:

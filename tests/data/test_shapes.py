@@ -116,6 +116,9 @@ def test_the_files_of_a_world(world: Path) -> None:
         assert [entry["answer"] for entry in asked] == [entry["answer"] for entry in told]
         assert all((world / part / "images" / entry["image"]).is_file() for entry in asked)
         assert len(json.loads((world / part / "captions.json").read_text())) == 5
+        names = {path.name for path in (world / part / "images").iterdir()}
+        assert {path.name for path in (world / part / "blind").iterdir()} == names
+        assert len({path.read_bytes() for path in (world / part / "blind").iterdir()}) == 1
 
 
 def test_the_tokenisers_know_every_word(world: Path) -> None:

@@ -1,0 +1,140 @@
+"""make tiny: the whole recipe in small, from nothing to a MiniGPT-4 that answers about drawn pictures.
+
+Every step is a command of the program, printed before it runs. A step whose result is there is passed over, and a
+training that was stopped goes on: so the same line again goes on with the recipe.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from mgpt4_jax.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = ROOT / "configs" / "tiny"
+TEMPLATE = "vicuna_v0"
+
+
+class Step(NamedTuple):
+    """``words`` of `mgpt4` make ``result``; a step without one is run each time."""
+
+    title: str
+    words: list[str]
+    result: Path
+
+
+def recipe(out: Path, seed: int) -> Iterator[Step]:
+    """The steps in their order. ``out/files`` are the trained weights in the layouts of the original programs."""
+    world, files, models = out / "world", out / "files", out / "models"
+
+    def train(stage: str, model: Path, *sources: str, weights: tuple[float, ...] = ()) -> Step:
+        kinds = [{"kind": "jsonl", "path": str(world / source)} for source in sources]
+        data = [kind | {"weight": weight} for kind, weight in zip(kinds, weights, strict=True)] if weights else kinds
+        words = ["train", "--config", str(CONFIGS / f"{stage.split('-')[0]}.yaml"), "--model", str(model)]
+        words += ["--run", str(out / stage), "--seed", str(seed), "--data.train", json.dumps(data)]
+        return Step(f"train {stage}", words, out / stage / "model")
+
+    def begin(part: str, *options: str) -> Step:
+        words = ["init", "--config", str(CONFIGS / "models" / f"{part}.yaml"), "--out", str(models / part)]
+        return Step(f"begin {part}", [*words, "--seed", str(seed), *options], models / part)
+
+    def export(model: Path, layout: str, to: Path) -> Step:
+        return Step(f"export {to.name}", ["export", str(model), "--format", layout, "--out", str(to)], to)
+
+    def join(name: str, qformer: Path) -> Step:
+        """Vision, Q-Former and language model, with a projection that begins random."""
+        words = ["convert", "--vit", str(files / "stage1" / "eva_vit_g.pth"), "--qformer", str(qformer)]
+        words += ["--llm", str(files / "llm"), "--template", TEMPLATE]
+        words += ["--overrides", str(CONFIGS / "overrides.yaml"), "--out", str(models / name)]
+        return Step(f"join {name}", words, models / name)
+
+    yield Step("draw the world", ["data", "shapes", "--out", str(world), "--seed", str(seed)], world)
+    yield begin("llm", "--tokenizer", str(world / "tokenizer"), "--template", TEMPLATE)
+    yield train("llm", models / "llm", "statements.jsonl", "talks.jsonl", weights=(1, 2))
+    yield export(out / "llm" / "model", "hf", files / "llm")
+    yield begin("blip2", "--qformer-tokenizer", str(world / "qformer_tokenizer"))
+    yield train("vision", models / "blip2", "pairs.jsonl")
+    yield train("stage1", out / "vision" / "model", "pairs.jsonl")
+    yield export(out / "stage1" / "model", "lavis", files / "stage1")
+    yield join("stage2", files / "stage1" / "blip2_pretrained.pth")
+    yield train("stage2", models / "stage2", "pairs.jsonl")
+    yield export(out / "stage2" / "model", "lavis", files / "stage2")
+    yield join("align", files / "stage2" / "blip2_pretrained.pth")
+    yield train("align", models / "align", "pairs.jsonl")
+    yield train("finetune", out / "align" / "model", "curated.jsonl")
+    yield export(out / "finetune" / "model", "minigpt4", files / "pretrained_minigpt4.pth")
+    # What one projection reaches alone, without BLIP-2's stage 2 before it:
+    yield join("alone", files / "stage1" / "blip2_pretrained.pth")
+    yield train("align-alone", models / "alone", "pairs.jsonl")
+
+
+def evaluations(out: Path) -> Iterator[Step]:
+    """What is measured: retrieval, captions and questions, each beside the picture-blind and the upper bound."""
+    world, scores = out / "world", out / "scores"
+
+    def measure(name: str, model: Path, task: str, data: Path, *options: str) -> Step:
+        words = ["eval", str(model), "--task", task, "--data", str(data), "--out", str(scores / name), *options]
+        return Step(f"measure {name}", words, scores / name / "scores.json")
+
+    def answers(part: str, stage: str, images: str = "images") -> Iterator[Step]:
+        model, folder = out / stage / "model", world / part
+        where = ("--images", str(folder / images))
+        name = f"{part}-{stage}" + ("" if images == "images" else f"-{images}")
+        yield measure(f"{name}-questions", model, "vqa", folder / "questions.json", *where, "--prompt", "{}")
+        words = ("--prompt", "describe the picture in detail.", "--max-new-tokens", "64")
+        yield measure(f"{name}-captions", model, "caption", folder / "captions.json", *where, *words)
+
+    for part in ("test", "unseen"):
+        for stage in ("align", "finetune", "align-alone"):
+            yield from answers(part, stage)
+        images = ("--images", str(world / part / "images"))
+        for path in sorted((world / part).glob("pairs_*.json")):
+            yield measure(f"{part}-{path.stem}", out / "stage1" / "model", "retrieval", path, *images)
+    yield from answers("test", "finetune", "blind")
+    told = world / "test" / "questions_in_words.json"
+    words = ("--prompt", "{}", "--template", "none", "--stop", "###")
+    yield measure("test-in-words-questions", out / "llm" / "model", "vqa", told, *words)
+
+
+def run(steps: Iterator[Step], seconds: Path) -> None:
+    """Run what has no result yet; ``seconds`` keeps how long each took."""
+    for step in steps:
+        if step.result.exists():
+            continue
+        print(f"\n== {step.title}\n$ mgpt4 {' '.join(map(_quoted, step.words))}", flush=True)
+        start = time.monotonic()
+        code = subprocess.run([sys.executable, "-m", "mgpt4_jax.cli", *step.words]).returncode
+        if code:
+            raise UserError(f"{step.title}: ended with {code}; the same line again goes on from here")
+        with seconds.open("a") as file:
+            file.write(json.dumps({"step": step.title, "seconds": round(time.monotonic() - start, 1)}) + "\n")
+
+
+def _quoted(word: str) -> str:
+    return f"'{word}'" if set(word) & set(' {}[]"') else word
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="make tiny ARGS=...", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="where everything goes (runs/tiny)")
+    parser.add_argument("--seed", type=int, default=0, help="of the world, the first weights and the runs (0)")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    try:
+        run(recipe(arguments.out, arguments.seed), arguments.out / "seconds.jsonl")
+        run(evaluations(arguments.out), arguments.out / "seconds.jsonl")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
