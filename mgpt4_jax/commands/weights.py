@@ -171,7 +171,8 @@ COMMANDS: Commands = {
         _init,
         _add_init,
         "Begin a model of any size with random weights, to train it from nothing.",
-        "mgpt4 init --config configs/tiny/models/llm.yaml --tokenizer world/tokenizer --template vicuna_v0 --out models/llm",
+        "mgpt4 init --config configs/tiny/models/llm.yaml --tokenizer world/tokenizer --template vicuna_v0 "
+        "--out models/llm",
     ),
     "verify": (
         _verify,
