@@ -76,8 +76,11 @@ class TextConfig:
 
     Args:
       max_text_length: the answer's tokens with the end symbol; a longer one loses its end.
+      max_prompt_length: an instruction's tokens for an InstructBLIP, its Q-Former's and its language model's; a longer
+        one loses its beginning.
       end_symbol: what an answer ends with: a line break in stage 1, ``###`` or ``</s>`` in stage 2.
-      instructions: one is drawn for each batch; a sample's own instruction wins. Empty: the picture alone.
+      instructions: one is drawn for each batch; a sample's own instruction wins. Empty: the picture alone. For
+        ``generative`` a sample's own goes into one with ``{}``, such as ``Question: {} Short answer:``.
         ``<Img><ImageHere></Img> `` is put in front where a text says not where the picture stands.
       template: the conversation template that wraps an instruction; None: the model's own.
       buckets: lengths that rows are padded to, the smallest that holds a batch. Empty: multiples of 32.
@@ -85,6 +88,7 @@ class TextConfig:
     """
 
     max_text_length: int = 32
+    max_prompt_length: int = 128
     end_symbol: str = "\n"
     instructions: tuple[str, ...] = ()
     template: str | None = None
@@ -185,9 +189,11 @@ class TrainConfig:
       model: the model directory to start from, which is never changed.
       run: the directory of this run: checkpoints, log.jsonl, curves, the trained model. If it holds a run
         already, that one goes on.
-      objective: ``language`` (words alone, all predicted: a language model from scratch), ``align`` (pictures alone before the caption, MiniGPT-4 stage 1), ``finetune`` (an instruction in
-        the template before the answer, stage 2), ``qformer_pretrain`` (contrast, matching and captioning, BLIP-2
-        stage 1) or ``generative`` (a prompt, if any, before the text, BLIP-2 stage 2 on OPT or T5).
+      objective: ``language`` (words alone, all predicted: a language model from scratch), ``align`` (pictures alone
+        before the caption, MiniGPT-4 stage 1), ``finetune`` (an instruction in the template before the answer, stage
+        2), ``qformer_pretrain`` (contrast, matching and captioning, BLIP-2 stage 1) or ``generative`` (a prompt, if
+        any, before the text: BLIP-2 stage 2 on OPT or T5, and InstructBLIP on Vicuna or T5, whose Q-Former reads the
+        prompt, too).
       trainable: patterns of parameter paths, for example ``projection/*``, ``qformer/*``, ``ln_vision/*``,
         ``llama/*``; adapters are always trained when ``lora`` is given.
       epochs, steps_per_epoch: an epoch is a number of steps, as in the originals; their product is the whole run.

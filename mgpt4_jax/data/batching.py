@@ -31,6 +31,7 @@ class TrainingSequence:
     slots: np.ndarray  # int32 [t]; -1 for text
     mask: np.ndarray  # bool [t]; False where nothing may attend
     targets: np.ndarray  # int32 [t]; IGNORED where nothing is predicted
+    qformer_ids: np.ndarray | None = None  # int32 [q], the instruction as an InstructBLIP's Q-Former reads it
 
     def __len__(self) -> int:
         return max(len(self.ids), len(self.targets))

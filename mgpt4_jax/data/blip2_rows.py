@@ -1,6 +1,7 @@
 """Rows of BLIP-2 stage 2: the picture's tokens first, then the text that OPT or the encoder of T5 reads.
 
-Agrees with LAVIS ``blip2_opt.py`` and ``blip2_t5.py`` (``forward``, ``generate``, ``predict_answers``).
+Agrees with LAVIS ``blip2_opt.py`` and ``blip2_t5.py`` (``forward``, ``generate``, ``predict_answers``), and with
+``blip2_vicuna_instruct.py`` and ``blip2_t5_instruct.py`` (``forward``).
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import numpy as np
 
 from mgpt4_jax.config import IGNORED
 from mgpt4_jax.data.batching import Batch, TrainingSequence
-from mgpt4_jax.data.text import TextBatch
-from mgpt4_jax.data.text_lm import FramedTokenizer
+from mgpt4_jax.data.text import TextBatch, Tokenizer
+from mgpt4_jax.data.text_lm import FramedTokenizer, Side
 from mgpt4_jax.errors import UserError
 
 
@@ -72,16 +73,52 @@ def opt_sequence(
 
 
 def t5_sequence(
-    tokenizer: FramedTokenizer, prompt: str, answer: str, *, tokens_per_image: int, max_text_length: int = 32
+    tokenizer: FramedTokenizer,
+    prompt: str,
+    answer: str,
+    *,
+    tokens_per_image: int,
+    max_text_length: int = 32,
+    max_prompt_length: int | None = None,
 ) -> PrefixSequence:
     """The encoder reads the picture and the prompt, the decoder writes the answer; both end with ``</s>``.
 
-    Either loses its end beyond ``max_text_length`` tokens, but not its ``</s>``.
+    Either loses its end beyond ``max_text_length`` tokens, but not its ``</s>``. With ``max_prompt_length`` that is the
+    prompt's, which then loses its beginning (InstructBLIP).
     """
-    asked = np.array(tokenizer.encode_whole(prompt, max_length=max_text_length), np.int32)
+    side: Side = "right" if max_prompt_length is None else "left"
+    asked = tokenizer.encode_whole(prompt, max_length=max_prompt_length or max_text_length, truncate=side)
     said = np.array(tokenizer.encode_whole(answer, max_length=max_text_length), np.int32)
-    ids, slots = _behind_picture(asked, np.arange(tokens_per_image, dtype=np.int32))
+    ids, slots = _behind_picture(np.array(asked, np.int32), np.arange(tokens_per_image, dtype=np.int32))
     return PrefixSequence(ids, slots, np.where(said == tokenizer.pad_id, IGNORED, said))
+
+
+def instruct_sequence(
+    tokenizer: Tokenizer,
+    instruction: str,
+    answer: str,
+    *,
+    tokens_per_image: int,
+    end_symbol: str = "</s>",
+    max_prompt_length: int = 128,
+    max_text_length: int = 256,
+) -> TrainingSequence:
+    """InstructBLIP on a LLaMA: the picture, the instruction behind a beginning of sequence, the answer to be predicted.
+
+    Agrees with LAVIS ``blip2_vicuna_instruct.py`` (``forward``, ``concat_text_input_output``). The instruction loses
+    its beginning and the answer its end, the end symbol with it; both lengths count a beginning of sequence, though the
+    answer's is not read. A literal pad token in the answer is read but not predicted.
+    """
+    asked = tokenizer.encode(instruction)
+    asked = [tokenizer.bos_id, *asked[max(len(asked) - (max_prompt_length - 1), 0) :]]
+    said = tokenizer.encode(answer + end_symbol)[: max_text_length - 1]
+    if not said:
+        raise UserError(f"max_text_length {max_text_length} leaves nothing to predict")
+    unsaid = {tokenizer.pad_id} - {tokenizer.eos_id}  # a tokeniser without a pad token pads with the end of sequence
+    nothing = [IGNORED] * (tokens_per_image + len(asked))
+    ids, slots = _behind_picture(np.array([*asked, *said], np.int32), np.arange(tokens_per_image, dtype=np.int32))
+    targets = np.array([*nothing, *(IGNORED if token in unsaid else token for token in said)], np.int32)
+    return TrainingSequence(ids, slots, np.ones(len(ids), bool), targets)
 
 
 def _behind_picture(text: np.ndarray, picture: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

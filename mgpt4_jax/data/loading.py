@@ -23,7 +23,7 @@ from mgpt4_jax.data.prefetching import Prefetcher
 from mgpt4_jax.data.rows import Rows, buckets_of
 from mgpt4_jax.data.samples import Sample, Source
 from mgpt4_jax.errors import TrainingStopped, UserError
-from mgpt4_jax.train_config import DataConfig
+from mgpt4_jax.train_config import DataConfig, TextConfig
 
 MAX_TRIES = 100
 _ROW, _BATCH, _VALIDATION = 1, 2, 3  # what random numbers are drawn for; never 0, which ends no seed
@@ -41,6 +41,8 @@ class TrainBatch:
     pixels: np.ndarray  # uint8 [b 1 H W 3]; normalised on the device
     names: list[str]  # of the samples; empty for a row that only fills the batch
     bad: list[str]  # 'name: reason' of the samples that were replaced or left out
+    qformer_ids: np.ndarray | None = None  # int32 [b q]; only of rows that the Q-Former reads for itself
+    qformer_mask: np.ndarray | None = None  # bool [b q]
 
     @property
     def padding(self) -> float:
@@ -241,9 +243,9 @@ class _BatchMaker:
         for number, row in enumerate(rows):
             if row.pixels is not None:
                 pixels[number, 0] = row.pixels
-        text = self._pad([row.sequence for row in rows])
-        names = [row.name for row in rows]
-        return TrainBatch(step, text.ids, text.slots, text.targets, text.mask, pixels, names, bad)
+        sequences, names = [row.sequence for row in rows], [row.name for row in rows]
+        text, extras = self._pad(sequences), extra_arrays(sequences, settings.rows.text)
+        return TrainBatch(step, text.ids, text.slots, text.targets, text.mask, pixels, names, bad, **extras)
 
     def _pad(self, sequences: list[TrainingSequence]) -> Batch:
         longest = max((len(sequence) for sequence in sequences), default=1)
@@ -286,6 +288,19 @@ class _BatchMaker:
         rng = np.random.default_rng(seed)
         box = random_crop_box(rng, *image.size)
         return _Row(sequence, crop_resize(image, settings.image_size, box, bool(rng.random() < 0.5)), sample.name)
+
+
+def extra_arrays(sequences: Sequence[TrainingSequence], text: TextConfig) -> dict[str, np.ndarray]:
+    """What a batch holds besides the fields that all have: all rows of one builder have it, or none."""
+    if not sequences or sequences[0].qformer_ids is None:
+        return {}
+    shape = (len(sequences), text.max_prompt_length)
+    ids, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
+    for number, sequence in enumerate(sequences):
+        assert sequence.qformer_ids is not None
+        ids[number, : len(sequence.qformer_ids)] = sequence.qformer_ids
+        mask[number, : len(sequence.qformer_ids)] = True
+    return {"qformer_ids": ids, "qformer_mask": mask}
 
 
 def pad_batch(batch: TrainBatch, length: int, *, pad_id: int) -> TrainBatch:

@@ -1,6 +1,7 @@
 """BLIP-2 stage 2 on an encoder and decoder: the encoder reads picture and prompt, the decoder writes the answer.
 
-Matches LAVIS ``Blip2T5.forward``. OPT, a decoder alone, is trained by ``objectives.caption_objective``.
+Matches LAVIS ``Blip2T5.forward`` and ``Blip2T5Instruct.forward``. OPT and LLaMA, decoders alone, are trained by
+``objectives.caption_objective``.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import flax.linen as nn
 
 from mgpt4_jax.losses import answer_loss
 from mgpt4_jax.models.t5 import shift_right
-from mgpt4_jax.train.objectives import Batch, Metrics, Objective, normalised
+from mgpt4_jax.train.objectives import Batch, Metrics, Objective, instructions_of, normalised
 from mgpt4_jax.typing import Array, Params, PRNGKey
 
 
@@ -24,6 +25,7 @@ def prefix_objective(model: nn.Module) -> Objective:
             normalised(batch["pixels"]),
             batch["mask"],
             shift_right(batch["targets"], model.config.t5),
+            **instructions_of(batch),
             deterministic=key is None,
             rngs=None if key is None else {"dropout": key},
         )

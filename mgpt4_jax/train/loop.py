@@ -209,12 +209,16 @@ class _Trainer:
 
         Its words must have rows in the model's table: others would be NaN.
         """
-        model, largest = self.plan.model, int(batch.ids.max())
-        if largest >= (known := (model.llama or model.qformer).vocab_size):
-            raise UserError(
-                f"{self.config.model}: its tokeniser gives token {largest} and its model knows {known:,}, so one of "
-                "them is another model's; convert it again with the right --tokenizer"
-            )
+        model = self.plan.model
+        read = [("--tokenizer", max(batch.ids.max(), batch.targets.max()), model.language_model or model.qformer)]
+        if batch.qformer_ids is not None:
+            read.append(("--qformer-tokenizer", batch.qformer_ids.max(), model.qformer))
+        for option, largest, part in read:
+            if largest >= part.vocab_size:
+                raise UserError(
+                    f"{self.config.model}: its tokeniser gives token {largest} and its model knows "
+                    f"{part.vocab_size:,}, so one of them is another model's; convert it again with the right {option}"
+                )
         if len(self.data.buckets) == 1:
             return batch
         return pad_batch(batch, agree_max(batch.ids.shape[1]), pad_id=self.data.rows.pad_id)

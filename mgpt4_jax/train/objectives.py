@@ -24,7 +24,8 @@ from mgpt4_jax.typing import Array, DType, Float, Params, PRNGKey, UInt8
 Batch = Mapping[str, Array]
 """Arrays of one batch: ``ids``, ``slots``, ``targets``, ``mask`` [b t] and ``pixels`` [b i H W 3] of bytes.
 
-The pixels of a model that reads words alone have H = W = 0."""
+The pixels of a model that reads words alone have H = W = 0. For an InstructBLIP there are ``qformer_ids`` and
+``qformer_mask`` [b q], too."""
 Metrics = dict[str, Array]
 Objective = Callable[[Params, Batch, PRNGKey | None], tuple[Array, Metrics]]
 
@@ -52,6 +53,7 @@ def caption_objective(model: nn.Module, max_targets: int | None = None) -> Objec
             batch["slots"],
             normalised(batch["pixels"]) if batch["pixels"].size else None,
             batch["mask"],
+            **instructions_of(batch),
             deterministic=key is None,
             rngs=None if key is None else {"dropout": key},
         )
@@ -65,6 +67,13 @@ def caption_objective(model: nn.Module, max_targets: int | None = None) -> Objec
         return loss, {"weight": metrics["num_tokens"].astype(jnp.float32)}
 
     return objective
+
+
+def instructions_of(batch: Batch) -> dict[str, Array]:
+    """What the Q-Former of an InstructBLIP reads beside the picture of each row."""
+    if "qformer_ids" not in batch:
+        return {}
+    return {"text_ids": batch["qformer_ids"][:, None], "text_valid": batch["qformer_mask"][:, None]}
 
 
 def training_model(config: TrainConfig, model: ModelConfig, trained: Iterable[str], dtype: DType) -> nn.Module:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from mgpt4_jax.checkpoint import ModelManifest, flatten, load_params, nest, read_manifest
 from mgpt4_jax.config import ModelConfig
-from mgpt4_jax.data.loading import Loader, TrainBatch
+from mgpt4_jax.data.loading import Loader, TrainBatch, extra_arrays
 from mgpt4_jax.data.rows import Rows, buckets_of
 from mgpt4_jax.data.sources import Source, open_source
 from mgpt4_jax.errors import UserError
@@ -34,8 +34,8 @@ from mgpt4_jax.train.step import make_evaluation, make_train_step
 from mgpt4_jax.train_config import TrainConfig
 from mgpt4_jax.typing import Params
 
-FIELDS = ("ids", "slots", "targets", "mask", "pixels")
-"""Arrays of a batch that go to the devices."""
+FIELDS = ("ids", "slots", "targets", "mask", "pixels", "qformer_ids", "qformer_mask")
+"""Arrays of a batch that go to the devices, those of them that it has."""
 
 Say = Callable[[str], None]
 
@@ -201,6 +201,7 @@ class Programs:
         module = training_model(config, plan.model, plan.trained, plan.dtype)
         objective = STAGES[config.objective].objective(module, rows)
         self.module, self._plan, self._say = module, plan, say
+        self._extras = extra_arrays([rows.filling_row()], rows.text)
         self._frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), frozen)
         self._step = make_train_step(
             objective,
@@ -236,7 +237,10 @@ class Programs:
         place = batch_sharding(self._plan.mesh)
         text = dict.fromkeys(("ids", "slots", "targets"), jnp.int32) | {"mask": jnp.bool_}
         arrays = {name: jax.ShapeDtypeStruct((b, length), dtype, sharding=place) for name, dtype in text.items()}
-        return arrays | {"pixels": jax.ShapeDtypeStruct((b, 1, size, size, 3), jnp.uint8, sharding=place)}
+        arrays["pixels"] = jax.ShapeDtypeStruct((b, 1, size, size, 3), jnp.uint8, sharding=place)
+        for name, one in self._extras.items():
+            arrays[name] = jax.ShapeDtypeStruct((b, *one.shape[1:]), one.dtype, sharding=place)
+        return arrays
 
     def _rate(self) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((), jnp.float32)
@@ -265,4 +269,4 @@ def _flops(count: float) -> str:
 
 
 def device_arrays(batch: TrainBatch) -> dict[str, np.ndarray]:
-    return {name: getattr(batch, name) for name in FIELDS}
+    return {name: array for name in FIELDS if (array := getattr(batch, name)) is not None}

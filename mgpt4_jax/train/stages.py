@@ -9,9 +9,10 @@ from pathlib import Path
 import flax.linen as nn
 
 from mgpt4_jax.checkpoint import ModelManifest
-from mgpt4_jax.data.generative_rows import GenerativeRows
+from mgpt4_jax.data.generative_rows import GenerativeRows, InstructRows
 from mgpt4_jax.data.prompts import get_template
 from mgpt4_jax.data.rows import PairBuilder, RowBuilder, Rows
+from mgpt4_jax.errors import UserError
 from mgpt4_jax.train.generative import prefix_objective
 from mgpt4_jax.train.objectives import Objective, caption_objective
 from mgpt4_jax.train.pretraining import pretraining_objective
@@ -59,6 +60,21 @@ def _pretraining(module: nn.Module, rows: Rows) -> Objective:
 
 
 def _generative_rows(config: TrainConfig, manifest: ModelManifest) -> Rows:
+    reader = manifest.config.qformer
+    if reader.with_text:
+        if config.text.max_prompt_length > reader.max_positions:
+            raise UserError(
+                f"text.max_prompt_length {config.text.max_prompt_length} is over the {reader.max_positions} positions "
+                f"that the Q-Former of {config.model} has; lower it"
+            )
+        return InstructRows(
+            Path(config.model) / "tokenizer",
+            Path(config.model) / "qformer_tokenizer",
+            config.text,
+            manifest.config.tokens_per_image,
+            manifest.config.t5 is not None,
+            config.data.clean_captions,
+        )
     return GenerativeRows(
         Path(config.model) / "tokenizer",
         config.text,
@@ -69,8 +85,10 @@ def _generative_rows(config: TrainConfig, manifest: ModelManifest) -> Rows:
 
 
 def _generative(module: nn.Module, rows: Rows) -> Objective:
-    assert isinstance(rows, GenerativeRows)
-    return prefix_objective(module) if rows.is_t5 else caption_objective(module)
+    assert isinstance(rows, GenerativeRows | InstructRows)
+    if rows.is_t5:
+        return prefix_objective(module)
+    return caption_objective(module, rows.text.max_text_length if isinstance(rows, InstructRows) else None)
 
 
 def _captioning(module: nn.Module, rows: Rows) -> Objective:
@@ -83,6 +101,6 @@ STAGES = {
     "language": Stage(("llama",), _language_rows, _captioning, tells=False),
     "align": _LANGUAGE,
     "finetune": _LANGUAGE,
-    "generative": Stage(("blip2_opt", "blip2_t5"), _generative_rows, _generative, tells=False),
+    "generative": Stage(("blip2_opt", "blip2_t5", "instructblip"), _generative_rows, _generative, tells=False),
     "qformer_pretrain": Stage(("blip2",), _pairs, _pretraining, tells=False, needs_whole_batches=True),
 }

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from train.instruct_world import rows_of
 
 from mgpt4_jax.config import IGNORED
 from mgpt4_jax.data.batching import pad_sequences
-from mgpt4_jax.data.blip2_rows import behind_pictures, opt_sequence, pad_prefix_sequences, t5_sequence
+from mgpt4_jax.data.blip2_rows import (
+    behind_pictures,
+    instruct_sequence,
+    opt_sequence,
+    pad_prefix_sequences,
+    t5_sequence,
+)
+from mgpt4_jax.data.generative_rows import GenerativeRows
+from mgpt4_jax.data.loading import extra_arrays
+from mgpt4_jax.data.samples import Sample
+from mgpt4_jax.data.text import load_llama_tokenizer
 from mgpt4_jax.data.text_lm import load_opt_tokenizer, load_t5_tokenizer
 from mgpt4_jax.errors import UserError
+from mgpt4_jax.train_config import TextConfig
 
 Q = 3
 
@@ -94,3 +106,56 @@ def test_prompts_stand_behind_the_picture_wherever_they_are_padded(opt, t5):
     assert right.mask[1, :Q].all()
     assert not right.mask[1, -1]
     assert np.array_equal(left.targets, np.full(left.ids.shape, IGNORED))
+
+
+def test_instructblip_on_a_llama_cuts_the_question_on_the_left_and_the_answer_on_the_right(golden_dir):
+    """LAVIS ``concat_text_input_output``: the answer's own beginning of sequence counts, and is not read."""
+    llama = load_llama_tokenizer(golden_dir / "minigpt4_vicuna" / "llm", pad_token=None)
+    row = instruct_sequence(llama, "what is it?", "a dog", tokens_per_image=Q)
+    asked, said = llama.encode("what is it?"), llama.encode("a dog</s>")
+    assert said[-1] == llama.eos_id
+    assert row.ids.tolist() == [0, 0, 0, llama.bos_id, *asked, *said]
+    assert row.slots.tolist() == [0, 1, 2] + [-1] * (1 + len(asked) + len(said))
+    assert row.targets.tolist() == [IGNORED] * (Q + 1 + len(asked)) + said
+    cut = instruct_sequence(llama, "what is it?", "a dog", tokens_per_image=Q, max_prompt_length=3, max_text_length=3)
+    assert cut.ids.tolist() == [0, 0, 0, llama.bos_id, *asked[-2:], *said[:2]]
+    with pytest.raises(UserError, match="max_text_length 1 leaves nothing to predict"):
+        instruct_sequence(llama, "what?", "a dog", tokens_per_image=Q, max_text_length=1)
+
+
+def test_instructblip_on_t5_cuts_the_question_on_the_left(t5):
+    row = t5_sequence(t5, "a red square", "the", tokens_per_image=Q, max_text_length=9, max_prompt_length=3)
+    assert row.ids.tolist() == [0, 0, 0, *t5.encode("a red square")[-2:], 1]
+
+
+def test_the_q_former_of_an_instructblip_reads_the_end_of_the_instruction():
+    rows = rows_of("llama", max_prompt_length=6)
+    row = rows.row(Sample("x", b"", "a dog", "what is the colour of it?"))
+    bert = rows.qformer_tokenizer
+    whole = bert.encode("what is the colour of it?")
+    assert row.qformer_ids.tolist() == [bert.cls_id, *whole[-5:-1], bert.sep_id]
+    empty = rows.row(Sample("x", b"", "a dog"))
+    batch = extra_arrays([row, empty, rows.filling_row()], rows.text)
+    assert batch["qformer_ids"].shape == (3, 6)
+    assert batch["qformer_mask"].sum(1).tolist() == [6, 2, 2]
+    assert (batch["qformer_ids"][1] == [bert.cls_id, bert.sep_id, 0, 0, 0, 0]).all()
+
+
+def test_a_template_takes_the_question_of_the_sample():
+    rows, question = rows_of("t5", max_prompt_length=64), Sample("x", b"", "red", "what colour?")
+    wrapped = rows.row(question, "Question: {} Short answer:")
+    plain = rows.row(Sample("x", b"", "red", "Question: what colour? Short answer:"))
+    assert wrapped.ids.tolist() == plain.ids.tolist()
+    assert wrapped.qformer_ids.tolist() == plain.qformer_ids.tolist()
+    assert rows.row(question, "describe it").ids.tolist() == rows.row(question).ids.tolist()
+    with pytest.raises(UserError, match=r"has no instruction that would go into 'Question: \{\}' of text.instr"):
+        rows.row(Sample("x", b"", "red"), "Question: {}")
+
+
+def test_opt_reads_a_blank_between_a_prompt_and_what_follows(opt, golden_dir):
+    """As LAVIS fine-tunes on captions: their prompt ends with the blank that OPT's next piece begins with."""
+    rows = GenerativeRows(golden_dir / "blip2_opt" / "opt_tokenizer", TextConfig(), Q, False)
+    expected = opt_sequence(opt, "a photo of a dog", prompt="a photo of", tokens_per_image=Q)
+    for prompt in ("a photo of", "a photo of "):
+        row = rows.row(Sample("x", b"", "a dog"), prompt)
+        assert row.ids.tolist() == expected.ids.tolist() and row.targets.tolist() == expected.targets.tolist()

@@ -107,6 +107,19 @@ def test_stage_1_as_published(size: str, asked: list[TrainConfig]) -> None:
     assert config.text.max_length == 1 + tokens + 32 == config.text.buckets[-1]  # the longest that there can be
 
 
+@pytest.mark.parametrize(("name", "pairs"), [("vicuna7b", 128), ("flant5xl", 192)])
+def test_instructblip_as_published(name: str, pairs: int, asked: list[TrainConfig]) -> None:
+    """InstructBLIP's paper, and the lengths of LAVIS's models."""
+    config = recipe_of(f"instructblip_{name}", asked)
+    rates = {"peak_lr": 1e-5, "min_lr": 0.0, "warmup_lr": 1e-8, "warmup_steps": 1000, "decay_rule": "lavis"}
+    assert optimiser_of(config) == ADAMW | rates
+    assert (config.num_steps, config.batch_size, config.checkpoint.every) == (60_000, pairs, 3000)
+    assert (config.text.max_prompt_length, config.text.max_text_length, config.text.end_symbol) == (128, 256, "</s>")
+    assert config.text.max_length >= 32 + 128 + 255
+    assert (config.objective, config.lora) == ("generative", None)
+    assert config.trainable == ("qformer/*", "projection/*", "ln_vision/*")
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_stage_2_as_published(size: str, asked: list[TrainConfig]) -> None:
     """MiniGPT-4 ``minigpt4_stage2_finetune.yaml`` and ``prompts/alignment.txt``."""
