@@ -21,7 +21,7 @@ MODELS = {"models.encoder", "models.blip2", "models.blip2_lm", "models.minigpt4"
 ANY_MODEL = {"models", "models.masks", "models.layers", "models.lora"} | TOWERS | MODELS
 STORES = BASE | ANY_MODEL | {"progress", "memory", "sharding", "checkpoint", "data"}
 LIBRARY = STORES | {"losses", "optim", "fingerprint", "train_config", "distributed"}
-USES = {"train", "generate", "evaluate", "search", "serve", "curate"}
+USES = {"train", "generate", "evaluate", "evaluate.perplexity", "search", "serve", "curate"}
 # A room may import itself and these. The longest name that fits a module is its room.
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
@@ -47,6 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "train": LIBRARY,
     "generate": STORES,
     **dict.fromkeys(USES - {"train", "generate"}, STORES | {"generate"}),
+    "evaluate.perplexity": LIBRARY | {"train", "generate", "evaluate"},  # which measures rows as they are trained
     "search": STORES | {"generate", "fingerprint"},  # which names the model of an index
     "convert": STORES | {"losses"},
     "api": LIBRARY | USES | {"convert"},
