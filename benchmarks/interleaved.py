@@ -1,7 +1,7 @@
-"""Two programs side by side: one process a side, the same tasks, interleaved rounds.
+"""Programs side by side: one process a side, the same tasks, interleaved rounds.
 
-Each side runs in its own process and waits while the other one works. A round does every task once on each side, in
-alternating order, so that what else the machine does in the meantime hits both.
+Each side runs in its own process and waits while another one works. A round does every task once on each side, in
+alternating order, so that what else the machine does in the meantime hits all.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ def measure(
     tasks: Mapping[str, Mapping[str, Any]],
     rounds: int,
     *,
+    sides: Sequence[str] = SIDES,
     at_once: bool = True,
 ) -> Answers:
     """Do every task on each side, in ``rounds`` rounds after one that warms up and is dropped.
@@ -38,10 +39,10 @@ def measure(
     Args:
       program: is started once a side, with ``arguments`` and ``--side NAME``; it has to ``serve``.
       tasks: keyword arguments of the function that is served, to which the number of the round is added as ``seed``.
-      at_once: both sides live at the same time and take turns; else one follows the other, for want of memory.
+      at_once: the sides live at the same time and take turns; else one follows the other, for want of memory.
     """
-    answers: Answers = {task: {side: [] for side in SIDES} for task in tasks}
-    for group in (SIDES,) if at_once else ((side,) for side in SIDES):
+    answers: Answers = {task: {side: [] for side in sides} for task in tasks}
+    for group in (sides,) if at_once else ((side,) for side in sides):
         processes = {side: _start([sys.executable, program, *arguments, "--side", side]) for side in group}
         for number in range(rounds + 1):
             for task, fields in tasks.items():

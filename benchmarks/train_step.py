@@ -256,8 +256,8 @@ def random_state(plan: Plan) -> tuple[Any, Any]:
     leaves = {}
     for number, (path, leaf) in enumerate(flatten(abstract_params(plan.model)).items()):
         dtype = jnp.dtype(jnp.float32) if path in plan.trained else plan.dtype
-        is_scale = path.endswith("/scale")
-        leaves[path] = jnp.ones(leaf.shape, dtype) if is_scale else draw(jax.random.key(number), leaf.shape, dtype)
+        is_one = path == "temp" or path.endswith("/scale")
+        leaves[path] = jnp.ones(leaf.shape, dtype) if is_one else draw(jax.random.key(number), leaf.shape, dtype)
     leaves = {path: jax.device_put(leaf, plan.shardings[path]) for path, leaf in leaves.items()}
     trainable, frozen = split(nest(leaves), set(plan.trained))
     make = functools.partial(make_state, optimizer=plan.optimizer, seed=0, with_average=False)
