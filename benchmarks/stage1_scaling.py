@@ -148,7 +148,6 @@ def make_batch(config: ModelConfig, rows: int, seed: int) -> dict[str, np.ndarra
         "targets": ids,
         "mask": np.ones((rows, LENGTH), bool),
         "pixels": rng.integers(0, 256, (rows, 1, size, size, 3), np.uint8),
-        "image_ids": np.arange(rows, dtype=np.int32),
     }
 
 
@@ -168,8 +167,7 @@ def stepper(size: str, rows: int, devices: int, dtype: str = "float32") -> Calla
     counts["peak_flops"] = peak_flops(device, plan.dtype) or 0.0
 
     def run(seed: int) -> Answer:
-        arrays, loss = make_batch(plan.model, rows, seed), 0.0
-        batch = put_batch(plan.mesh, {name: arrays[name] for name in programs.abstract_batch(LENGTH)})
+        batch, loss = put_batch(plan.mesh, make_batch(plan.model, rows, seed)), 0.0
 
         def step() -> None:
             nonlocal state, loss
