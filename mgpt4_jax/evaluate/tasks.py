@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mgpt4_jax.data.text import clean_caption
 from mgpt4_jax.errors import UserError
 from mgpt4_jax.evaluate.answers import exact_match, vqa_accuracy
 from mgpt4_jax.evaluate.metrics import caption_scores
 
 PROMPTS = {"caption": "a photo of", "vqa": "Question: {} Short answer:"}
 ID_NAMES = {"caption": "image_id", "vqa": "question_id"}
+DOMAIN_METRICS = ("CIDEr", "Bleu_4", "ROUGE_L")
 ANSWER_NAMES = {"caption": "caption", "vqa": "answer"}
 
 
@@ -25,7 +27,7 @@ class Item:
     image: str  # empty of a question in words alone
     question: str = ""
     references: tuple[str, ...] = ()
-    kind: str | None = None  # VQAv2's answer_type
+    kind: str | None = None  # VQAv2's answer_type, NoCaps's domain
     names: tuple[str, ...] = ()  # what a caption of it should name
 
 
@@ -53,7 +55,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_captions(path: Path, images: Path) -> list[Item]:
-    """Pictures to caption, of a COCO annotation file or a LAVIS list; pictures lie below ``images``."""
+    """Pictures to caption, of an annotation file of COCO or NoCaps or a LAVIS list; pictures lie below ``images``."""
     values = read_json(path)
     if isinstance(values, dict):
         known: dict[Any, list[str]] = {}
@@ -65,6 +67,7 @@ def read_captions(path: Path, images: Path) -> list[Item]:
                 _get(path, "images", entry, "id"),
                 str(images / _text(path, "images", entry, "file_name")),
                 references=tuple(known.pop(entry["id"], ())),
+                kind=_kind(entry, "domain"),
             )
             for entry in _entries(path, "images", values.get("images"))
         ]
@@ -79,7 +82,8 @@ def read_captions(path: Path, images: Path) -> list[Item]:
         names = _texts(path, entry.get("names", []), "names")
         if identity in merged:  # one line for each caption
             texts = (*merged[identity].references, *texts)
-        merged[identity] = Item(identity, str(images / image), references=texts, names=names)
+        kind = _kind(entry, "domain")
+        merged[identity] = Item(identity, str(images / image), references=texts, kind=kind, names=names)
     return _checked(path, "image_id", merged.values())
 
 
@@ -109,8 +113,7 @@ def read_questions(path: Path, annotations: Path | None, images: Path, pattern: 
         if annotations is not None and identity not in answers:
             raise UserError(f"{annotations}: has no answers to question_id {identity!r}")
         own = _texts(path, entry.get("answer", entry.get("answers", [])), "answer")
-        own_kind = entry.get("answer_type")
-        known, kind = answers.get(identity, (own, own_kind if isinstance(own_kind, str) else None))
+        known, kind = answers.get(identity, (own, _kind(entry, "answer_type")))
         question = _text(path, "questions", entry, "question")
         found.append(Item(identity, str(images / image) if image else "", question, known, kind))
     return _checked(path, "question_id", found)
@@ -127,26 +130,36 @@ class Pairs:
 
 
 def read_pairs(path: Path, images: Path) -> Pairs:
-    """A LAVIS list of ``{"image", "caption": [...]}`` (Flickr30k, COCO), or a COCO annotation file."""
+    """A LAVIS list of ``{"image", "caption": [...]}`` (Flickr30k, COCO), or a COCO annotation file.
+
+    Texts are cleaned as captions are for training, as LAVIS's retrieval data sets clean them.
+    """
     pairs = Pairs([], [], [], [])
     for index, item in enumerate(read_captions(path, images)):
         if not item.references:
             raise UserError(f"{path}: the picture {item.image} has no caption; every picture needs one to be found")
         pairs.images.append(item.image)
         pairs.texts_of.append(list(range(len(pairs.texts), len(pairs.texts) + len(item.references))))
-        pairs.texts.extend(item.references)
+        pairs.texts.extend(map(clean_caption, item.references))
         pairs.image_of.extend([index] * len(item.references))
     return pairs
 
 
 def score_captions(items: Sequence[Item], answers: dict[Any, str]) -> Scored:
-    """CIDEr-D, BLEU, ROUGE-L of pictures with references; ``named``: percent of all ``names`` that captions hold."""
+    """CIDEr-D, BLEU, ROUGE-L of pictures with references; ``named``: percent of all ``names`` that captions hold.
+
+    Of NoCaps also for each domain, as if its pictures were all there are: CIDEr weighs words by their references alone.
+    """
     known = {item.id: item.references for item in items if item.references}
     if not known:
         return Scored()
     scores = caption_scores({key: answers[key] for key in known}, known)
     named = [name.lower() in answers[item.id].lower() for item in items for name in item.names]
     whole = scores.whole | ({"named": 100 * _mean(named)} if named else {})
+    for kind in sorted({item.kind for item in items if item.kind and item.references}):
+        some = [item.id for item in items if item.kind == kind and item.references]
+        part = caption_scores({key: answers[key] for key in some}, {key: known[key] for key in some}).whole
+        whole |= {f"{metric}_{kind}": part[metric] for metric in DOMAIN_METRICS}
     return Scored(whole, {key: each["CIDEr"] for key, each in scores.each.items()}, "CIDEr")
 
 
@@ -199,11 +212,8 @@ def _annotations(path: Path) -> dict[Any, tuple[tuple[str, ...], str | None]]:
         given = entry.get("answers")
         if isinstance(given, list):
             given = [one.get("answer") if isinstance(one, dict) else one for one in given]
-        kind = entry.get("answer_type")
-        found[_get(path, "annotations", entry, "question_id")] = (
-            _texts(path, given, "answers"),
-            kind if isinstance(kind, str) else None,
-        )
+        identity = _get(path, "annotations", entry, "question_id")
+        found[identity] = (_texts(path, given, "answers"), _kind(entry, "answer_type"))
     return found
 
 
@@ -218,6 +228,11 @@ def _get(path: Path, key: str, entry: dict[str, Any], name: str) -> Any:
     if not isinstance(value, str | int) or isinstance(value, bool):
         raise UserError(f"{path}: an entry of {key} has no usable {name!r}: {str(entry)[:80]}")
     return value
+
+
+def _kind(entry: dict[str, Any], name: str) -> str | None:
+    value = entry.get(name)
+    return value if isinstance(value, str) else None
 
 
 def _text(path: Path, key: str, entry: dict[str, Any], name: str) -> str:

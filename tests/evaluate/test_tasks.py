@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,35 @@ def test_lavis_captions(tmp_path: Path) -> None:
     first, second = read_captions(write(tmp_path / "list.json", entries), PICTURES)
     assert (first.id, first.references, first.image) == (42, ("one", "two"), f"pictures/{line['image']}")
     assert (second.id, second.references) == ("x", ())
+
+
+def test_nocaps(tmp_path: Path) -> None:
+    """The file of NoCaps says of each picture how far its things are from COCO's; scores are of each domain alone."""
+    domains = ("in-domain", "near-domain", "out-domain", "in-domain")
+    captions = ("a red dog", "two blue cats sit", "an axolotl swims here", "a green bus")
+    images = [
+        {"id": index, "open_images_id": f"0013{index}", "file_name": f"0013{index}.jpg", "domain": domain}
+        for index, domain in enumerate(domains)
+    ]
+    notes = [{"id": index, "image_id": index // 2, "caption": captions[index // 2]} for index in range(8)]
+    items = read_captions(write(tmp_path / "nocaps.json", {"images": images, "annotations": notes}), PICTURES)
+    assert [item.kind for item in items] == list(domains)
+    answers = {0: "a red dog", 1: "two blue cats sit", 2: "a car", 3: "green bus"}
+    scored = score_captions(items, answers).whole
+    inside = [items[0], items[3]]
+    alone = score_captions([dataclasses.replace(item, kind=None) for item in inside], answers).whole
+    for metric in ("CIDEr", "Bleu_4", "ROUGE_L"):
+        assert scored[f"{metric}_in-domain"] == alone[metric]
+    assert scored["ROUGE_L_near-domain"] == 1 and scored["ROUGE_L_out-domain"] < 0.3
+    assert scored["CIDEr_near-domain"] == 0  # of one picture
+    assert sum("domain" in name for name in scored) == 9
+    unscored = read_captions(write(tmp_path / "test.json", {"images": images}), PICTURES)  # references are kept back
+    assert score_captions(unscored, answers).whole == {}
+
+
+def test_texts_to_be_found_are_cleaned(tmp_path: Path) -> None:
+    entries = [{"image": "a.jpg", "caption": ["A dog, running!", "  THE *best*   dog\n"]}]
+    assert read_pairs(write(tmp_path / "p.json", entries), PICTURES).texts == ["a dog, running", "the best dog"]
 
 
 def test_vqa_questions(tmp_path: Path) -> None:
