@@ -70,9 +70,14 @@ def _mean(losses: Float[Array, "b t"], counted: Bool[Array, "b t"]) -> tuple[Flo
 # --- BLIP-2 stage 1 --------------------------------------------------------------------------------------
 
 
-def contrastive_targets(image_ids: Int[Array, " b"]) -> Float[Array, "b b"]:
-    """Which text belongs to which picture, each row summing to 1: pairs that share a picture share the target."""
-    same = (image_ids[:, None] == image_ids[None, :]).astype(jnp.float32)
+def contrastive_targets(image_ids: Int[Array, "b ..."]) -> Float[Array, "b b"]:
+    """Which text belongs to which picture, each row summing to 1: pairs that share a picture share the target.
+
+    A picture may be told by several numbers, all of which must be equal.
+    """
+    rows = image_ids.shape[0]
+    equal = (image_ids[:, None] == image_ids[None, :]).reshape(rows, rows, -1)
+    same = equal.all(axis=-1).astype(jnp.float32)
     return same / same.sum(axis=1, keepdims=True)
 
 

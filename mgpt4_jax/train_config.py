@@ -21,16 +21,18 @@ class SourceConfig:
     Args:
       kind: ``webdataset`` (tars as img2dataset writes them), ``cc_sbu_align`` (a folder with ``filter_cap.json``
         and ``image/``), ``jsonl`` (lines with ``image`` and ``caption``, or ``instruction`` and ``answer``),
-        ``array_record`` or ``tfds`` (the folder of a prepared data set).
+        ``lavis`` (an annotation list of LAVIS), ``array_record`` or ``tfds`` (the folder of a prepared data set).
       path: the folder or file; of tars a pattern such as ``laion/{00000..10488}.tar`` or ``laion/*.tar``.
       weight: how often a batch is taken from it, beside the other sources (MiniGPT-4's ``sample_ratio``).
       split: of a ``tfds`` data set.
+      images: the folder that a ``lavis`` list names its pictures from; None: its own.
     """
 
-    kind: Literal["webdataset", "cc_sbu_align", "jsonl", "array_record", "tfds"]
+    kind: Literal["webdataset", "cc_sbu_align", "jsonl", "lavis", "array_record", "tfds"]
     path: str
     weight: float = 1.0
     split: str = "train"
+    images: str | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)

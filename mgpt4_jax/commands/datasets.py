@@ -48,9 +48,10 @@ def _add_validate(parser: ArgumentParser) -> None:
     from mgpt4_jax.train_config import DataConfig, SourceConfig, TrainConfig
 
     parser.add_argument("--config", action="config", help="a YAML file of configs/: check its data as it will be fed")
-    parser.add_argument("--kind", help="of one data set: webdataset, cc_sbu_align, jsonl, array_record or tfds")
+    parser.add_argument("--kind", help="of one data set: webdataset, cc_sbu_align, jsonl, lavis, array_record or tfds")
     parser.add_argument("--path", help="of this data set, in place of those of --config")
     parser.add_argument("--split", default="train", help="of a tfds data set (train)")
+    parser.add_argument("--images", help="the folder that a lavis list names its pictures from (its own)")
     parser.add_argument("--model", type=Path, help="the model directory, whose tokeniser counts (without it: words)")
     parser.add_argument("--out", type=Path, help="write a page of pictures with their words there (HTML)")
     parser.add_argument("--limit", type=int, help="check only so many samples, evenly spread (all)")
@@ -80,7 +81,7 @@ def _validate(arguments: Namespace) -> int:
     if options.kind or options.path:
         if not (options.kind and options.path):
             raise UserError("--kind and --path belong together, for example --kind jsonl --path my.jsonl")
-        configs = [SourceConfig(options.kind, options.path, split=options.split)]
+        configs = [SourceConfig(options.kind, options.path, split=options.split, images=options.images)]
     if not configs:
         raise UserError("no data set is named: give --kind and --path, or --config")
     if options.limit is not None and options.limit < 1:

@@ -32,6 +32,7 @@ class TrainingSequence:
     mask: np.ndarray  # bool [t]; False where nothing may attend
     targets: np.ndarray  # int32 [t]; IGNORED where nothing is predicted
     qformer_ids: np.ndarray | None = None  # int32 [q], the instruction as an InstructBLIP's Q-Former reads it
+    image_id: np.ndarray | None = None  # int32 [2], the same for rows that show the same picture
 
     def __len__(self) -> int:
         return max(len(self.ids), len(self.targets))

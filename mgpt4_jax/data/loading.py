@@ -43,6 +43,7 @@ class TrainBatch:
     bad: list[str]  # 'name: reason' of the samples that were replaced or left out
     qformer_ids: np.ndarray | None = None  # int32 [b q]; only of rows that the Q-Former reads for itself
     qformer_mask: np.ndarray | None = None  # bool [b q]
+    image_ids: np.ndarray | None = None  # int32 [b 2]; only of rows that say which picture they show
 
     @property
     def padding(self) -> float:
@@ -292,7 +293,9 @@ class _BatchMaker:
 
 def extra_arrays(sequences: Sequence[TrainingSequence], text: TextConfig) -> dict[str, np.ndarray]:
     """What a batch holds besides the fields that all have: all rows of one builder have it, or none."""
-    if not sequences or sequences[0].qformer_ids is None:
+    if sequences[0].image_id is not None:
+        return {"image_ids": np.stack([sequence.image_id for sequence in sequences])}
+    if sequences[0].qformer_ids is None:
         return {}
     shape = (len(sequences), text.max_prompt_length)
     ids, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)

@@ -5,7 +5,9 @@ A builder holds the directory of its tokeniser and not the tokeniser, which cann
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -149,11 +151,13 @@ class PairBuilder:
     Args:
       tokenizer_dir: as ``load_bert_tokenizer`` reads it.
       clean_captions: as BLIP-2's caption processor.
+      names_pictures: rows say which picture they show, as several captions of one do in retrieval.
     """
 
     tokenizer_dir: str | Path
     text: TextConfig
     clean_captions: bool = True
+    names_pictures: bool = False
 
     @property
     def tokenizer(self) -> BertTokenizer:
@@ -164,10 +168,11 @@ class PairBuilder:
         return self.tokenizer.pad_id
 
     def facts(self) -> list[Any]:
-        return ["pairs", self.clean_captions]
+        return ["pairs", self.clean_captions, *(["image_id"] if self.names_pictures else [])]
 
     def filling_row(self) -> TrainingSequence:
-        return lone_row(self.tokenizer.cls_id)
+        number = np.zeros(2, np.int32) if self.names_pictures else None
+        return dataclasses.replace(lone_row(self.tokenizer.cls_id), image_id=number)
 
     def draw_instruction(self, rng: np.random.Generator) -> str | None:
         return None
@@ -179,7 +184,18 @@ class PairBuilder:
         words = words_of(sample, self.clean_captions)
         ids = np.array(self.tokenizer.encode(words, max_length=self.text.max_text_length), np.int32)
         targets = np.concatenate([[IGNORED], ids[1:]]).astype(np.int32)
-        return TrainingSequence(ids, np.full(len(ids), -1, np.int32), np.ones(len(ids), bool), targets)
+        row = TrainingSequence(ids, np.full(len(ids), -1, np.int32), np.ones(len(ids), bool), targets)
+        return dataclasses.replace(row, image_id=picture_number(sample)) if self.names_pictures else row
+
+
+def picture_number(sample: Sample) -> np.ndarray:
+    """64 bits (int32 [2]) that tell its picture from others; a sample that names none has one of its own."""
+    identity = sample.image_id
+    if identity is not None and type(identity) not in (str, int):
+        raise UserError(f"image_id must be text or a whole number, got {str(identity)[:60]!r}")
+    text = f"sample {sample.name}" if identity is None else f"picture {identity}"
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    return np.frombuffer(digest, "<i4").astype(np.int32)
 
 
 def words_of(sample: Sample, clean: bool) -> str:

@@ -14,6 +14,8 @@ import numpy as np
 from mgpt4_jax.data.text import require_encodable
 from mgpt4_jax.errors import UserError
 
+_LOOKED_AT = 100
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -24,12 +26,14 @@ class Sample:
       image: the bytes of a picture file, or its path; None: words alone.
       answer: the text to predict, not empty.
       instruction: the question of this sample; None: one of the run's.
+      image_id: what the data set calls its picture, which others may share; None: it does not say.
     """
 
     name: str
     image: bytes | Path | None
     answer: str
     instruction: str | None = None
+    image_id: Any = None
 
 
 class Source(Protocol):
@@ -89,7 +93,13 @@ class JoinedSource:
 
 
 def make_sample(
-    name: str, image: bytes | Path | None, answer: Any, instruction: Any = None, *, called: str = "caption"
+    name: str,
+    image: bytes | Path | None,
+    answer: Any,
+    instruction: Any = None,
+    *,
+    called: str = "caption",
+    image_id: Any = None,
 ) -> Sample:
     """A sample whose words are checked; ``called`` is how the data set calls the answer."""
     texts = {called: answer} if instruction is None else {"instruction": instruction, called: answer}
@@ -102,7 +112,21 @@ def make_sample(
             require_encodable(text)
         except UserError as error:
             raise UserError(f"{name}: the {key}: {error}") from error
-    return Sample(name, image, answer, instruction)
+    return Sample(name, image, answer, instruction, image_id)
+
+
+def name_pictures(sources: Sequence[Source]) -> bool:
+    """Whether a source says which picture its samples show; its first sample that can be read tells."""
+    for source in sources:
+        for index in range(min(len(source), _LOOKED_AT)):
+            try:
+                sample = source[index]
+            except UserError:
+                continue
+            if sample.image_id is not None:
+                return True
+            break
+    return False
 
 
 def parse_object(raw: bytes, name: str, example: str) -> dict[str, Any]:

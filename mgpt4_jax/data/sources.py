@@ -1,4 +1,4 @@
-"""Data sets with random access: webdataset tars, cc_sbu_align, JSONL, ArrayRecord and TFDS.
+"""Data sets with random access: webdataset tars, cc_sbu_align, JSONL, LAVIS's lists, ArrayRecord and TFDS.
 
 ``open_source`` gives a ``Source``. What is wrong with a data set as a whole is told when it is opened; what is wrong
 with one sample is told when that sample is read, so that a loader can skip, count and name it.
@@ -27,6 +27,7 @@ from mgpt4_jax.data.files import (
     stamp_of,
 )
 from mgpt4_jax.data.images import parse_data_uri
+from mgpt4_jax.data.lavis_lists import open_lavis
 from mgpt4_jax.data.samples import JoinedSource, Sample, Source, make_sample, parse_object
 from mgpt4_jax.data.tar_index import JSON, PICTURE, TEXT, TarIndex, find_tars, index_tars
 from mgpt4_jax.errors import UserError
@@ -194,7 +195,8 @@ class LinesPart:
             raise UserError(f'{name}: has no "image"; write "image": null for words alone')
         called = "caption" if "caption" in values else "answer"
         image = self._image(name, values["image"])
-        return make_sample(name, image, values[called], values.get("instruction"), called=called)
+        own = {"called": called, "image_id": values.get("image_id")}
+        return make_sample(name, image, values[called], values.get("instruction"), **own)
 
     def identity(self) -> str:
         return self.sha256
@@ -263,6 +265,7 @@ _OPENERS: dict[str, Callable[[SourceConfig, Report | None], Source]] = {
     "webdataset": _open_webdataset,
     "cc_sbu_align": _open_cc_sbu_align,
     "jsonl": _open_jsonl,
+    "lavis": lambda config, report: open_lavis(config),
     "array_record": _open_records,
     "tfds": _open_records,
 }

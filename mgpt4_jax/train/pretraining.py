@@ -49,7 +49,7 @@ def pretraining_objective(model: nn.Module, *, dec_id: int, pad_id: int, groups:
     """The sum of the three losses, equally weighted.
 
     The batch holds ``ids`` and ``mask`` [b t] of ``[CLS] caption [SEP]``, ``pixels`` [b 1 H W 3] and, where several
-    texts share a picture (retrieval fine-tuning), ``image_ids`` [b].
+    texts share a picture (retrieval fine-tuning), ``image_ids`` [b 2].
 
     Args:
       dec_id: the id that takes the place of [CLS] when a caption is written.

@@ -18,7 +18,8 @@ from jax.sharding import Mesh
 from mgpt4_jax.checkpoint import ModelManifest, flatten, load_params, nest, read_manifest
 from mgpt4_jax.config import ModelConfig
 from mgpt4_jax.data.loading import Loader, TrainBatch, extra_arrays
-from mgpt4_jax.data.rows import Rows, buckets_of
+from mgpt4_jax.data.rows import PairBuilder, Rows, buckets_of
+from mgpt4_jax.data.samples import name_pictures
 from mgpt4_jax.data.sources import Source, open_source
 from mgpt4_jax.errors import UserError
 from mgpt4_jax.memory import bytes_per_device, free_memory, readable
@@ -34,7 +35,7 @@ from mgpt4_jax.train.step import make_evaluation, make_train_step
 from mgpt4_jax.train_config import TrainConfig
 from mgpt4_jax.typing import Params
 
-FIELDS = ("ids", "slots", "targets", "mask", "pixels", "qformer_ids", "qformer_mask")
+FIELDS = ("ids", "slots", "targets", "mask", "pixels", "qformer_ids", "qformer_mask", "image_ids")
 """Arrays of a batch that go to the devices, those of them that it has."""
 
 Say = Callable[[str], None]
@@ -141,6 +142,9 @@ def open_data(plan: Plan, say: Say) -> Data:
     for source in (*train, *validation):
         say(f"{source.name}: {len(source):,} samples")
     rows = STAGES[config.objective].rows(config, plan.manifest)
+    if isinstance(rows, PairBuilder) and name_pictures([*train, *validation]):
+        rows = dataclasses.replace(rows, names_pictures=True)
+        say("pairs that share an image_id belong together: their targets are shared, and they are no negatives")
     loader = Loader(
         train,
         rows,

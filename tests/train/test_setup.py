@@ -107,12 +107,38 @@ def test_stage_1_as_published(size: str, asked: list[TrainConfig]) -> None:
     assert config.text.max_length == 1 + tokens + 32 == config.text.buckets[-1]  # the longest that there can be
 
 
+FINE_TUNING = {"peak_lr": 1e-5, "min_lr": 0.0, "warmup_lr": 1e-8, "warmup_steps": 1000, "decay_rule": "lavis"}
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "words"),
+    [
+        ("caption_coco", 16 * 16, ("a photo of",)),
+        ("vqa", 128, ("Question: {} Answer:",)),
+        ("retrieval_coco", 16 * 14, ()),
+    ],
+)
+def test_fine_tuning_as_published(name: str, rows: int, words: tuple[str, ...], asked: list[TrainConfig]) -> None:
+    """LAVIS ``caption_coco_ft.yaml`` and ``retrieval_coco_ft.yaml``, and tables 7 to 9 of BLIP-2's paper."""
+    config = recipe_of(f"blip2_{name}", asked)
+    assert optimiser_of(config) == ADAMW | FINE_TUNING | {"schedule": "lavis"}
+    assert (config.epochs, config.batch_size, config.text.instructions, config.seed) == (5, rows, words, 42)
+    assert "vit/*" in config.trainable and config.remat
+    samples = {"caption_coco": 566_747, "vqa": 443_757 + 214_354, "retrieval_coco": 566_747}[name]
+    assert config.steps_per_epoch == -(-samples // rows)
+    assert {source.kind for source in config.data.train} == {"lavis"}
+    if name == "retrieval_coco":
+        heads = {"vision_proj/*", "text_proj/*", "itm_head/*", "temp"}
+        assert config.objective == "qformer_pretrain" and heads <= set(config.trainable)
+    else:
+        assert config.objective == "generative" and "projection/*" in config.trainable
+
+
 @pytest.mark.parametrize(("name", "pairs"), [("vicuna7b", 128), ("flant5xl", 192)])
 def test_instructblip_as_published(name: str, pairs: int, asked: list[TrainConfig]) -> None:
     """InstructBLIP's paper, and the lengths of LAVIS's models."""
     config = recipe_of(f"instructblip_{name}", asked)
-    rates = {"peak_lr": 1e-5, "min_lr": 0.0, "warmup_lr": 1e-8, "warmup_steps": 1000, "decay_rule": "lavis"}
-    assert optimiser_of(config) == ADAMW | rates
+    assert optimiser_of(config) == ADAMW | FINE_TUNING
     assert (config.num_steps, config.batch_size, config.checkpoint.every) == (60_000, pairs, 3000)
     assert (config.text.max_prompt_length, config.text.max_text_length, config.text.end_symbol) == (128, 256, "</s>")
     assert config.text.max_length >= 32 + 128 + 255
