@@ -85,13 +85,14 @@ def _settings(arguments: Namespace, **others: Any) -> dict[str, Any]:
 
 
 def _model_sha256(model: Path) -> str:
-    """Of ``model.json``, which names the weights that were converted by their hashes, and of all others themselves."""
+    """Of ``model.json``, which names what was converted by its hash, of all other weights, and of the tokenisers."""
     from mgpt4_jax.checkpoint import read_manifest
 
     manifest = read_manifest(model)
     is_named = bool(manifest.sources) and manifest.base is None
-    leaves = [] if is_named else [path for path in sorted((model / "params").rglob("*")) if path.is_file()]
-    return _sha256([model / "model.json", *leaves])
+    folders = ("tokenizer", "qformer_tokenizer", *(() if is_named else ("params",)))
+    files = [path for name in folders for path in sorted((model / name).rglob("*")) if path.is_file()]
+    return _sha256([model / "model.json", *files])
 
 
 def _sha256(paths: Sequence[Path]) -> str:
@@ -113,7 +114,7 @@ def _sha256(paths: Sequence[Path]) -> str:
 def _answer(arguments: Namespace, images: Path) -> tuple[dict[str, float], int]:
     from mgpt4_jax.data.prompts import get_template
     from mgpt4_jax.evaluate.run import open_directory, run_answers
-    from mgpt4_jax.evaluate.tasks import PROMPTS, read_captions, read_questions
+    from mgpt4_jax.evaluate.tasks import PROMPTS, read_captions, read_questions, result_names
     from mgpt4_jax.generate.sampling import SamplingParams
 
     task = arguments.task
@@ -137,6 +138,7 @@ def _answer(arguments: Namespace, images: Path) -> tuple[dict[str, float], int]:
             prompt=prompt,
             sampling=sampling,
             template=template,
+            names=result_names(task, arguments.data),
             examples=arguments.examples,
             report=report,
         )

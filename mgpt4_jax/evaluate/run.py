@@ -18,7 +18,7 @@ from mgpt4_jax.errors import UserError
 from mgpt4_jax.evaluate.metrics import recalls
 from mgpt4_jax.evaluate.page import Example, Table, spread, write_examples
 from mgpt4_jax.evaluate.retrieval import Retriever, best_pairs, match_in_parts, rerank
-from mgpt4_jax.evaluate.tasks import ANSWER_NAMES, ID_NAMES, SCORES, Item, Pairs, Scored, prompt_of
+from mgpt4_jax.evaluate.tasks import RESULT_NAMES, SCORES, Item, Pairs, Scored, prompt_of
 from mgpt4_jax.generate.answer import Answerer
 from mgpt4_jax.generate.batch import run_file
 from mgpt4_jax.generate.sampling import SamplingParams
@@ -75,12 +75,16 @@ def run_answers(
     prompt: str,
     sampling: SamplingParams,
     template: Template | None = None,
+    names: tuple[str, str] | None = None,
     examples: int = 24,
     report: Report | None = None,
 ) -> tuple[dict[str, float], int]:
     """Caption or answer every item that has no answer in ``out`` yet, and score all.
 
     Writes ``answers.jsonl`` (as it goes), ``results.json`` in the benchmark's format, ``scores.json``, ``page.html``.
+
+    Args:
+      names: of ``tasks.result_names``, where they are not those of the task.
 
     Returns:
       The scores, and how many items failed: their answer counts as empty.
@@ -89,11 +93,10 @@ def run_answers(
     questions, answered = out / "questions.jsonl", out / "answers.jsonl"
     write_file(questions, "\n".join(lines) + "\n")
     summary = run_file(answerer, questions, answered, defaults=sampling, template=template, report=report)
-    records = [json.loads(line) for line in answered.read_text(encoding="utf-8").splitlines()]
+    records = [json.loads(line) for line in answered.read_bytes().splitlines()]  # a text may hold U+2028
     answers = {record["id"]: record["text"] for record in records}
-    write_json(
-        out / "results.json", [{ID_NAMES[task]: item.id, ANSWER_NAMES[task]: answers[item.id]} for item in items]
-    )
+    identity, answer = names or RESULT_NAMES[task]
+    write_json(out / "results.json", [{identity: item.id, answer: answers[item.id]} for item in items])
     scored = SCORES[task](items, answers)
     counts = {"items": len(items), "failed": summary.failed}
     write_json(out / "scores.json", {**scored.whole, **counts})

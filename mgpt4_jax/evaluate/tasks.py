@@ -14,9 +14,13 @@ from mgpt4_jax.evaluate.answers import exact_match, vqa_accuracy
 from mgpt4_jax.evaluate.metrics import caption_scores
 
 PROMPTS = {"caption": "a photo of", "vqa": "Question: {} Short answer:"}
-ID_NAMES = {"caption": "image_id", "vqa": "question_id"}
 DOMAIN_METRICS = ("CIDEr", "Bleu_4", "ROUGE_L")
-ANSWER_NAMES = {"caption": "caption", "vqa": "answer"}
+RESULT_NAMES = {
+    "caption": ("image_id", "caption"),
+    "vqa": ("question_id", "answer"),
+    "gqa": ("questionId", "prediction"),
+}
+"""What a result is called in the benchmark's own file: its id, and what was answered."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +59,13 @@ def read_json(path: Path) -> Any:
 
 
 def read_captions(path: Path, images: Path) -> list[Item]:
-    """Pictures to caption, of an annotation file of COCO or NoCaps or a LAVIS list; pictures lie below ``images``."""
+    """Pictures to caption, of an annotation file of COCO or NoCaps, the test pictures of Karpathy's splits (Flickr30k,
+    COCO), or a LAVIS list; pictures lie below ``images``.
+    """
     values = read_json(path)
     if isinstance(values, dict):
+        if is_split(values):
+            return _checked(path, "image_id", _split_items(path, values["images"], images))
         known: dict[Any, list[str]] = {}
         for entry in _entries(path, "annotations", values.get("annotations", [])):
             identity = _get(path, "annotations", entry, "image_id")
@@ -85,6 +93,30 @@ def read_captions(path: Path, images: Path) -> list[Item]:
         kind = _kind(entry, "domain")
         merged[identity] = Item(identity, str(images / image), references=texts, kind=kind, names=names)
     return _checked(path, "image_id", merged.values())
+
+
+def is_split(values: Mapping[str, Any]) -> bool:
+    """Whether this is one of Karpathy's files, ``dataset_flickr30k.json`` or ``dataset_coco.json``."""
+    entries = values.get("images")
+    return isinstance(entries, list) and bool(entries) and isinstance(entries[0], dict) and "sentences" in entries[0]
+
+
+def _split_items(path: Path, values: Any, images: Path) -> list[Item]:
+    found = []
+    for entry in _entries(path, "images", values):
+        if entry.get("split") == "test":
+            folder, name = entry.get("filepath", ""), _text(path, "images", entry, "filename")
+            sentences = _entries(path, "sentences", entry.get("sentences"))
+            texts = tuple(_text(path, "sentences", sentence, "raw") for sentence in sentences)
+            identity = _get(path, "images", entry, "cocoid" if "cocoid" in entry else "imgid")
+            found.append(Item(identity, str(images / folder / name), references=texts))
+    return found
+
+
+def result_names(task: str, path: Path) -> tuple[str, str]:
+    """How the results of this benchmark's file call an id and its answer."""
+    values = read_json(path) if task == "vqa" else None
+    return RESULT_NAMES["gqa" if isinstance(values, dict) and "questions" not in values else task]
 
 
 def read_questions(path: Path, annotations: Path | None, images: Path, pattern: str) -> list[Item]:
@@ -130,7 +162,7 @@ class Pairs:
 
 
 def read_pairs(path: Path, images: Path) -> Pairs:
-    """A LAVIS list of ``{"image", "caption": [...]}`` (Flickr30k, COCO), or a COCO annotation file.
+    """A LAVIS list of ``{"image", "caption": [...]}`` (Flickr30k, COCO), or what else ``read_captions`` reads.
 
     Texts are cleaned as captions are for training, as LAVIS's retrieval data sets clean them.
     """

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from train.world import write_tiny_model
 
 from mgpt4_jax import cli
+from mgpt4_jax.commands.evaluating import _model_sha256
 from mgpt4_jax.convert.convert import convert
 from mgpt4_jax.evaluate.retrieval import best_pairs, rerank
 from mgpt4_jax.evaluate.run import _retrieval_examples
@@ -60,10 +64,31 @@ def test_captions(
     (out / "answers.jsonl").write_bytes(lines[0] + lines[1][:20])  # killed while it wrote
     assert run(capsys, *command)[0] == 0
     assert (out / "answers.jsonl").read_bytes() == whole
+    record = json.loads(lines[0]) | {"text": "one\u2028line"}
+    (out / "answers.jsonl").write_text(json.dumps(record, ensure_ascii=False) + "\n")
+    assert run(capsys, *command)[0] == 0
+    assert json.loads((out / "results.json").read_text())[0]["caption"] == "one\u2028line"
+    cut = tmp_path / "cut"
+    assert run(capsys, *command[:6], cut, *command[7:], "--mesh", "data=2,tensor=2")[0] == 0
+    assert json.loads((cut / "results.json").read_text()) == results
     code, _, err = run(capsys, *command, "--prompt", "a picture of")
     assert code == 2 and "another prompt" in err and str(out) in err
     data.write_text(json.dumps({"images": images, "annotations": notes[:2]}))
     assert "another data_sha256" in run(capsys, *command)[2]
+
+
+def test_a_model_is_known_by_what_it_holds(tmp_path: Path) -> None:
+    """Wherever it lies and whenever it was written; model.json says nothing of weights that were never converted."""
+    model = write_tiny_model(tmp_path / "model")
+    copy = Path(shutil.copytree(model, tmp_path / "copy"))
+    os.utime(copy / "model.json", (1, 1))
+    same = _model_sha256(model)
+    assert _model_sha256(copy) == same
+    other = write_tiny_model(tmp_path / "other", seed=1)
+    assert (other / "model.json").read_bytes() == (model / "model.json").read_bytes()
+    assert _model_sha256(other) != same
+    (copy / "tokenizer" / "tokenizer_config.json").write_text("{}")
+    assert _model_sha256(copy) != same
 
 
 def test_answers_with_a_picture_that_is_not_there(

@@ -16,6 +16,7 @@ from mgpt4_jax.evaluate.tasks import (
     read_captions,
     read_pairs,
     read_questions,
+    result_names,
     score_answers,
     score_captions,
 )
@@ -96,6 +97,30 @@ def test_gqa_and_lavis_questions(tmp_path: Path) -> None:
     entry = {"question_id": 5, "image": "a.png", "question": "Who?", "answer": ["me", "me"]}
     lavis = write(tmp_path / "lavis.json", [entry])
     assert read_questions(lavis, None, PICTURES, "{}.jpg") == [Item(5, "pictures/a.png", "Who?", ("me", "me"))]
+
+
+def test_results_are_called_as_the_benchmark_does(tmp_path: Path) -> None:
+    gqa = write(tmp_path / "gqa.json", {"201": {"imageId": "n16", "question": "Is it red?", "answer": "yes"}})
+    vqa = write(tmp_path / "vqa.json", {"questions": []})
+    assert result_names("vqa", gqa) == ("questionId", "prediction")
+    assert result_names("vqa", vqa) == result_names("vqa", write(tmp_path / "l.json", [])) == ("question_id", "answer")
+    assert result_names("caption", tmp_path / "none.json") == ("image_id", "caption")
+
+
+def test_test_pictures_of_a_split(tmp_path: Path) -> None:
+    """Flickr30k and COCO as they are retrieved from: Karpathy's files."""
+    flickr = [
+        {"imgid": index, "filename": f"{index}.jpg", "split": split, "sentences": [{"raw": "A dog."}, {"raw": "One!"}]}
+        for index, split in enumerate(("train", "test", "val"))
+    ]
+    file = write(tmp_path / "dataset_flickr30k.json", {"dataset": "flickr30k", "images": flickr})
+    assert read_captions(file, PICTURES) == [Item(1, "pictures/1.jpg", references=("A dog.", "One!"))]
+    assert read_pairs(file, PICTURES).texts == ["a dog", "one"]
+    coco = [flickr[1] | {"cocoid": 42, "filepath": "val2014"}]
+    assert read_captions(write(file, {"images": coco}), PICTURES)[0].image == "pictures/val2014/1.jpg"
+    assert read_captions(file, PICTURES)[0].id == 42
+    with pytest.raises(UserError, match="holds nothing"):
+        read_captions(write(file, {"images": flickr[:1]}), PICTURES)
 
 
 def test_pairs(tmp_path: Path) -> None:
