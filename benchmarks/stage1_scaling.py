@@ -16,7 +16,6 @@ work (collectives, what every device does again), not what a link between real d
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import platform
 import statistics
@@ -59,14 +58,15 @@ def main() -> None:
     elif args.size:
         print_speed([*speed(args.size, args.device, args.batch_size, args.rounds)], args.batch_size)
     else:
+        print_contrast("true")
         tasks = {str(rows): {"rows": rows} for rows in BATCHES}
         by_batch = measure(__file__, [], tasks, args.rounds, sides=["1"])
+        print_machine(args.rounds)
+        print_batches({rows: found["1"] for rows, found in by_batch.items()})
         sides = [str(devices) for devices in DEVICES]
         by_devices = measure(__file__, [], {"fixed": {"rows": FIXED}}, args.rounds, sides=sides)["fixed"]
         print_machine(args.rounds)
-        print_batches({rows: found["1"] for rows, found in by_batch.items()})
         print_devices(by_devices)
-        print_contrast("true")
 
 
 def side(devices: int, size: str = "small") -> Callable[..., Answer]:
@@ -238,8 +238,7 @@ def step_flops(size: str, rows: int) -> int:
 def print_machine(rounds: int) -> None:
     load = ", ".join(f"{load:.1f}" for load in os.getloadavg())
     cores = len(os.sched_getaffinity(0))
-    print(f"{cores} cores ({platform.machine()}), load {load}, {rounds} rounds, {time.strftime('%Y-%m-%d')}\n")
-    print(f"Model: {dataclasses.asdict(model_config('small'))}\n")
+    print(f"\n{cores} cores ({platform.machine()}), load {load}, {rounds} rounds, {time.strftime('%Y-%m-%d')}\n")
 
 
 def print_batches(found: dict[str, list[Answer]]) -> None:
@@ -256,7 +255,7 @@ def print_batches(found: dict[str, list[Answer]]) -> None:
 def print_devices(found: dict[str, list[Answer]]) -> None:
     """``found``: of each number of devices, at the same batch."""
     first = next(iter(found.values()))
-    print(f"\n| devices, {FIXED} pairs | ms | against the first (median of rounds) | least .. most | processor time |")
+    print(f"| devices, {FIXED} pairs | ms | against the first (median of rounds) | least .. most | processor time |")
     print("|---|---|---|---|---|")
     for devices, answers in found.items():
         work = statistics.median(_ratios(answers, first, "cpu_seconds"))
@@ -281,7 +280,7 @@ def _against(answers: list[Answer], first: list[Answer]) -> str:
 
 
 def print_contrast(size: str) -> None:
-    print("\n| pairs | TFLOP a step | GFLOP a pair | contrast, GFLOP | share |\n|---|---|---|---|---|")
+    print("| pairs | TFLOP a step | GFLOP a pair | contrast, GFLOP | share |\n|---|---|---|---|---|")
     for rows in PAPER:
         whole, part = step_flops(size, rows), contrast_flops(model_config(size), rows)
         print(f"| {rows} | {whole / 1e12:.1f} | {whole / rows / 1e9:.1f} | {part / 1e9:.2f} | {part / whole:.4%} |")
