@@ -12,6 +12,7 @@ import pytest
 import yaml
 from cases import Case
 from conversion import convert_case
+from train.instruct_world import write_instruct_model
 from train.world import config_of, write_pictures, write_tiny_model
 
 from mgpt4_jax import cli
@@ -20,14 +21,15 @@ from mgpt4_jax.evaluate.perplexity import RowLoss, perplexity_config, scores_of
 from mgpt4_jax.train.run_log import read_log
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "data"
-KINDS = ("minigpt4", "blip2_opt", "blip2_t5")
+KINDS = ("minigpt4", "instructblip", "blip2_opt", "blip2_t5")
 FILES = {"settings.json", "losses.jsonl", "scores.json", "page.html"}
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
-    found = {kind: convert_case(Case(GOLDEN / kind), folder / kind).model_dir for kind in KINDS[1:]}
+    found = {kind: convert_case(Case(GOLDEN / kind), folder / kind).model_dir for kind in KINDS[2:]}
+    found["instructblip"] = write_instruct_model(folder / "instructblip", "llama")
     return {"minigpt4": write_tiny_model(folder / "minigpt4"), **found}
 
 
