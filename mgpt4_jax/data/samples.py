@@ -14,6 +14,9 @@ import numpy as np
 from mgpt4_jax.data.text import require_encodable
 from mgpt4_jax.errors import UserError
 
+MAX_SIZED = 20_000
+"""Samples of a data set whose pictures' sizes tell it from another: 50 to 100 microseconds each, on a local disk."""
+_IN_FILES = ("jsonl", "lavis", "cc_sbu_align")
 _LOOKED_AT = 100
 
 
@@ -86,10 +89,23 @@ class JoinedSource:
         return part.get(int(index) - int(self._ends[place]) + len(part))
 
     def fingerprint(self) -> str:
+        """Pictures in files of their own are told by their sizes, where there are few enough to look at each."""
         digest = hashlib.sha256(f"{self._kind} {len(self)}\n".encode())
+        looks = self._kind in _IN_FILES and len(self) <= MAX_SIZED
         for part in self._parts:
             digest.update(part.identity().encode("utf-8", "surrogateescape") + b"\n")
+            if looks:
+                digest.update(b"".join(b"%d " % _picture_size(part, index) for index in range(len(part))))
         return digest.hexdigest()
+
+
+def _picture_size(part: Part, index: int) -> int:
+    """Bytes of the file of a picture; -1: the sample cannot be read, or has no such file."""
+    try:
+        image = part.get(index).image
+        return image.stat().st_size if isinstance(image, Path) else -1
+    except (UserError, OSError):
+        return -1
 
 
 def make_sample(

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mgpt4_jax.data import files
+from mgpt4_jax.data import files, samples
 from mgpt4_jax.data.files import find_files
 from mgpt4_jax.data.images import load_image
 from mgpt4_jax.data.records import write_array_record
@@ -242,6 +242,23 @@ def test_fingerprint_tells_changes(configs: dict[str, SourceConfig], kind: str, 
     }
     found = [open_source(make_data_set(kind, tmp_path / name, pairs)).fingerprint() for name, pairs in changes.items()]
     assert len({open_source(configs[kind]).fingerprint(), *found}) == 4
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "cc_sbu_align"])
+def test_fingerprint_tells_a_picture_that_was_replaced(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its size, beside an unchanged list; not in a large set, where looking at each would take long."""
+    config = make_data_set(kind, tmp_path / "set", PAIRS)
+    before, source = open_source(config).fingerprint(), open_source(config)
+    image = source[3].image
+    assert isinstance(image, Path)
+    image.write_bytes(picture(99, width=30))
+    assert source.fingerprint() != before
+    monkeypatch.setattr(samples, "MAX_SIZED", len(PAIRS) - 1)
+    large = source.fingerprint()
+    image.write_bytes(picture(99, width=36))
+    assert open_source(config).fingerprint() == large != before
 
 
 def test_kinds_never_share_a_fingerprint(configs: dict[str, SourceConfig]) -> None:
