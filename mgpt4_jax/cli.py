@@ -7,10 +7,13 @@ A command exits with 0 only on success. An error that a user can mend is one lin
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import sys
 import traceback
+from pathlib import Path
 
+import yaml
 from jsonargparse import ArgumentParser
 
 from mgpt4_jax.commands import (
@@ -42,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
     try:
+        check_config_files(argv)
         arguments = make_parser().parse_args([word for word in argv if word != "--debug"])
         return COMMANDS[arguments.command][0](arguments[arguments.command])
     except UserError as error:
@@ -55,6 +59,26 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError):
             return 0
         return _fail(f"{type(error).__name__}: {error} (run again with --debug for the traceback)", debug, code=1)
+
+
+def check_config_files(argv: list[str]) -> None:
+    """Refuse by its name a file behind ``--config`` that is no YAML of settings: the parser would not name it."""
+    words = [word for pair in itertools.pairwise(argv) if pair[0] == "--config" for word in pair[1:]]
+    for word in (*words, *(word.removeprefix("--config=") for word in argv if word.startswith("--config="))):
+        path = Path(word).expanduser()
+        if not path.is_file():
+            continue  # the parser says so
+        try:
+            values = yaml.safe_load(path.read_bytes())
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            where = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
+            reason = getattr(error, "problem", None) or " ".join(str(error).split())[:80]
+            raise UserError(f"{path}{where}: is not valid YAML ({reason}); see configs/ for files that are") from error
+        if not isinstance(values, dict):
+            raise UserError(f"{path}: holds no settings such as `batch_size: 8`; see configs/ for files that do")
 
 
 def _fail(message: str, debug: bool, code: int = 2) -> int:

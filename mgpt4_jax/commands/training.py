@@ -20,6 +20,7 @@ def _add_train(parser: ArgumentParser) -> None:
 
 
 def _train(arguments: Namespace) -> int:
+    from mgpt4_jax.config import LoraConfig
     from mgpt4_jax.distributed import ending_together, initialize, options_from
     from mgpt4_jax.train_config import TrainConfig
 
@@ -27,6 +28,8 @@ def _train(arguments: Namespace) -> int:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(TrainConfig, "train")
     fields = {field.name: arguments[field.name] for field in dataclasses.fields(TrainConfig)}
+    if fields["lora"] is not None:  # what is wrong with it, which `LoraConfig | None` would wrap in its own words
+        LoraConfig(**vars(fields["lora"]))
     config = parser.instantiate(Namespace(train=Namespace(**fields))).train
     initialize(options)
     with ending_together():

@@ -29,6 +29,7 @@ from mgpt4_jax.train.run_log import read_log, read_losses
 from mgpt4_jax.train.screen import printable
 from mgpt4_jax.train.setup import Data, Plan, Programs, device_arrays, load_state, make_plan, open_data, weight_table
 from mgpt4_jax.train.stages import STAGES
+from mgpt4_jax.train.trackers import require_packages
 from mgpt4_jax.train_config import TrainConfig, train_config_to_dict
 from mgpt4_jax.typing import Params
 
@@ -58,6 +59,8 @@ def train(config: TrainConfig, *, resume_from: int | None = None) -> Outcome:
     require_room(run, Path(config.model))
     with run_directory(run, is_main=is_main()):
         say = _printer()
+        if is_main():  # who alone opens them
+            require_packages(config.log)
         plan = make_plan(config, make_mesh(config.mesh, all_devices=True))
         say(weight_table(plan))
         data = open_data(plan, say)

@@ -78,6 +78,8 @@ def make_plan(config: TrainConfig, mesh: Mesh) -> Plan:
         names = " or ".join(wanted)
         raise UserError(f"{config.model}: objective {config.objective!r} trains a {names} model, not {kind}")
     model = _with_adapters(config, manifest.config)
+    _check_parts(config, mesh)
+    _check_length(config, model)
     paths = flatten(abstract_params(model))
     trained = trainable_paths(paths, config.trainable)
     shardings = param_shardings(model, mesh)
@@ -93,6 +95,27 @@ def make_plan(config: TrainConfig, mesh: Mesh) -> Plan:
     return Plan(
         config, manifest, model, mesh, jnp.dtype(dtype), frozenset(trained), optimizer, abstract, flatten(shardings)
     )
+
+
+def _check_parts(config: TrainConfig, mesh: Mesh) -> None:
+    """Every part of an accumulated batch is shared out as the batch itself is."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    part = config.batch_size // config.accumulation
+    if config.accumulation > 1 and part % shards:
+        raise UserError(
+            f"accumulation {config.accumulation} cuts batch_size {config.batch_size} into parts of {part}, which "
+            f"data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']} cannot share out evenly; lower it, or take a "
+            f"batch_size of {max(part // shards, 1) * shards * config.accumulation}"
+        )
+
+
+def _check_length(config: TrainConfig, model: ModelConfig) -> None:
+    """T5 alone counts no positions."""
+    longest, part = buckets_of(config.text)[-1], model.language_model or model.qformer
+    most = getattr(part, "max_positions", longest)
+    if longest > most:
+        key = "text.buckets" if config.text.buckets else "text.max_length"
+        raise UserError(f"{key}: rows of {longest} are longer than the {most} positions of {config.model}; lower it")
 
 
 def _with_adapters(config: TrainConfig, model: ModelConfig) -> ModelConfig:

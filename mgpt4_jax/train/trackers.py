@@ -44,6 +44,14 @@ def open_trackers(
     return trackers
 
 
+def require_packages(config: LogConfig) -> None:
+    """Refuse what ``open_trackers`` would, at the beginning of a run and not once all is loaded and compiled."""
+    if config.tensorboard:
+        _package("tensorboardX", "log.tensorboard")
+    if config.wandb:
+        _package("wandb", "log.wandb")
+
+
 def _package(name: str, key: str) -> Any:
     try:
         return importlib.import_module(name)

@@ -64,6 +64,9 @@ def jsonl(folder: Path, *lines: Any) -> Path:
         ({"text": {"instructions": ["What is it?"]}}, "for text.instructions use 'finetune'"),
         ({"trainable": []}, "nothing is trained: name patterns in trainable, or give lora"),
         ({"checkpoint": {"keep_last": 0}}, "checkpoint.keep_last must be"),
+        ({"lora": {"targets": ["queries"]}}, "lora.targets: unknown matrix 'queries'; known: query, key"),
+        ({"lora": {"rank": 0}}, "lora.rank must be a whole number from 1"),
+        ({"lora": {"dropout": 1.0}}, "lora needs at least one target, and a dropout below 1"),
     ],
 )
 def test_a_value_of_the_configuration(
@@ -80,8 +83,23 @@ def test_no_configuration(tmp_path: Path, capsys: Say) -> None:
 
 def test_a_configuration_that_is_no_yaml(tmp_path: Path, capsys: Say) -> None:
     path = tmp_path / "run.yaml"
-    path.write_text("model: [unclosed\n")
-    assert "did not find expected ',' or ']'" in refused(capsys, main(["train", "--config", str(path)]))
+    path.write_text("batch_size: 8\nmodel: [unclosed\n")
+    for words in (["--config", str(path)], [f"--config={path}"]):
+        said = refused(capsys, main(["train", *words]))
+        assert f"{path}, line 3, column 1: is not valid YAML (expected ',' or ']'" in said
+    path.write_bytes(b"\xff\xfe\x00")
+    assert f"{path}: is not valid YAML" in refused(capsys, main(["train", "--config", str(path)]))
+    path.write_text("many words\n")
+    assert f"{path}: holds no settings" in refused(capsys, main(["train", "--config", str(path)]))
+
+
+@pytest.mark.parametrize(("key", "package"), [("tensorboard", "tensorboardX"), ("wandb", "wandb")])
+def test_a_tracker_that_is_not_installed_before_anything_is_read(
+    world: World, tmp_path: Path, capsys: Say, monkeypatch: pytest.MonkeyPatch, key: str, package: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    said = refused(capsys, world.start(tmp_path / "run", model=str(tmp_path / "no model"), log={key: True}))
+    assert f"log.{key} is true and {package} is not installed" in said
 
 
 # -- the model --------------------------------------------------------------------------------------------
@@ -158,6 +176,16 @@ def test_a_model(world: World, tmp_path: Path, capsys: Say, make: Callable[[Worl
         ({"mesh": "data=3"}, "batch_size"),
         ({"batch_size": 4, "mesh": "data=8"}, "batch_size"),
         ({"text": {"buckets": [4], "max_length": 4}}, "all are bad"),
+        (
+            {"accumulation": 4, "mesh": "data=2,fsdp=2"},
+            "accumulation 4 cuts batch_size 8 into parts of 2, which data=2 x fsdp=2 cannot share out evenly; lower "
+            "it, or take a batch_size of 16",
+        ),
+        (
+            {"text": {"buckets": [], "max_length": 257}},
+            "text.max_length: rows of 257 are longer than the 256 positions",
+        ),
+        ({"text": {"buckets": [24, 300]}}, "text.buckets: rows of 300 are longer than the 256 positions of"),
     ],
 )
 def test_what_does_not_fit_the_model(
