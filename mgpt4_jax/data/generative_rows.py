@@ -18,7 +18,7 @@ import numpy as np
 from mgpt4_jax.config import IGNORED
 from mgpt4_jax.data.batching import TrainingSequence
 from mgpt4_jax.data.blip2_rows import instruct_sequence, opt_sequence, t5_sequence
-from mgpt4_jax.data.rows import lone_row, words_of
+from mgpt4_jax.data.rows import Extras, lone_row, words_of
 from mgpt4_jax.data.samples import Sample
 from mgpt4_jax.data.text import BertTokenizer, Tokenizer, load_bert_tokenizer, load_llama_tokenizer
 from mgpt4_jax.data.text_lm import FramedTokenizer, load_opt_tokenizer, load_t5_tokenizer
@@ -50,6 +50,10 @@ class GenerativeRows:
     @property
     def pad_id(self) -> int:
         return self.tokenizer.pad_id
+
+    @property
+    def extras(self) -> Extras:
+        return {}
 
     def facts(self) -> list[Any]:
         return ["t5" if self.is_t5 else "opt", self.clean_captions, self.tokens_per_image]
@@ -101,6 +105,11 @@ class InstructRows:
     @property
     def pad_id(self) -> int:
         return self.tokenizer.pad_id
+
+    @property
+    def extras(self) -> Extras:
+        shape = (self.text.max_prompt_length,)
+        return {"qformer_ids": (shape, "int32"), "qformer_mask": (shape, "bool")}
 
     def facts(self) -> list[Any]:
         return ["instruct", "t5" if self.is_t5 else "llama", self.clean_captions, self.tokens_per_image]

@@ -25,6 +25,10 @@ from mgpt4_jax.train_config import TextConfig
 BUCKET_STEP = 32
 
 
+Extras = dict[str, tuple[tuple[int, ...], str]]
+"""Fields of a batch, with the shape of one row and the dtype."""
+
+
 class Rows(Protocol):
     """Turns samples into sequences; sent to worker processes."""
 
@@ -37,6 +41,11 @@ class Rows(Protocol):
     @property
     def pad_id(self) -> int:
         """What a row is padded with."""
+        ...
+
+    @property
+    def extras(self) -> Extras:
+        """What a batch holds besides the fields that all have; told without the tokeniser."""
         ...
 
     def draw_instruction(self, rng: np.random.Generator) -> str | None:
@@ -88,6 +97,10 @@ class RowBuilder:
     @property
     def pad_id(self) -> int:
         return self.tokenizer.pad_id
+
+    @property
+    def extras(self) -> Extras:
+        return {}
 
     def facts(self) -> list[Any]:
         return [self.template.training, self.objective, self.clean_captions, self.tokens_per_image]
@@ -166,6 +179,10 @@ class PairBuilder:
     @property
     def pad_id(self) -> int:
         return self.tokenizer.pad_id
+
+    @property
+    def extras(self) -> Extras:
+        return {"image_ids": ((2,), "int32")} if self.names_pictures else {}
 
     def facts(self) -> list[Any]:
         return ["pairs", self.clean_captions, *(["image_id"] if self.names_pictures else [])]

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from mgpt4_jax.checkpoint import ModelManifest, flatten, load_params, nest, read_manifest
 from mgpt4_jax.config import ModelConfig
-from mgpt4_jax.data.loading import Loader, TrainBatch, extra_arrays
+from mgpt4_jax.data.loading import Loader, TrainBatch
 from mgpt4_jax.data.rows import PairBuilder, Rows, buckets_of
 from mgpt4_jax.data.samples import name_pictures
 from mgpt4_jax.data.sources import Source, open_source
@@ -228,7 +228,7 @@ class Programs:
         module = training_model(config, plan.model, plan.trained, plan.dtype)
         objective = STAGES[config.objective].objective(module, rows)
         self.module, self._plan, self._say = module, plan, say
-        self._extras = extra_arrays([rows.filling_row()], rows.text)
+        self._extras = rows.extras
         self._frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), frozen)
         self._step = make_train_step(
             objective,
@@ -265,8 +265,8 @@ class Programs:
         text = dict.fromkeys(("ids", "slots", "targets"), jnp.int32) | {"mask": jnp.bool_}
         arrays = {name: jax.ShapeDtypeStruct((b, length), dtype, sharding=place) for name, dtype in text.items()}
         arrays["pixels"] = jax.ShapeDtypeStruct((b, 1, size, size, 3), jnp.uint8, sharding=place)
-        for name, one in self._extras.items():
-            arrays[name] = jax.ShapeDtypeStruct((b, *one.shape[1:]), one.dtype, sharding=place)
+        for name, (shape, dtype) in self._extras.items():
+            arrays[name] = jax.ShapeDtypeStruct((b, *shape), jnp.dtype(dtype), sharding=place)
         return arrays
 
     def _rate(self) -> jax.ShapeDtypeStruct:

@@ -138,6 +138,7 @@ def test_the_q_former_of_an_instructblip_reads_the_end_of_the_instruction():
     batch = extra_arrays([row, empty, rows.filling_row()], rows.text)
     assert batch["qformer_ids"].shape == (3, 6)
     assert batch["qformer_mask"].sum(1).tolist() == [6, 2, 2]
+    assert {name: (array.shape[1:], str(array.dtype)) for name, array in batch.items()} == rows.extras
     assert (batch["qformer_ids"][1] == [bert.cls_id, bert.sep_id, 0, 0, 0, 0]).all()
 
 
