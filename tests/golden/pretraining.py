@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from cases import Case
 from conversion import Converted, already_converted
-from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 from training import unnormalised
 
 from mgpt4_jax.checkpoint import flatten, load_params
@@ -83,9 +83,14 @@ def run_ranks(converted: Converted) -> dict[str, Any]:
     own = process_rows(mesh, ranks * rows)
     batch = put_batch(mesh, {name: values[own] for name, values in program.batch().items()})
     arguments = (program.trainable, program.frozen, batch, negatives, np.ones(3, np.float32))
-    gradients, result = program.gradient(*arguments)
-    draws = jax.jit(draw_all)(result.image_to_text, result.text_to_image)
-    gradients, result, draws = multihost_utils.process_allgather((gradients, result, draws), tiled=True)
+
+    def run(*arguments: Any) -> Any:
+        """All of it in one program, of which every process gets the whole: two that run at once may lock each other."""
+        gradients, result = program.gradient(*arguments)
+        return gradients, result, draw_all(result.image_to_text, result.text_to_image)
+
+    replicated = NamedSharding(mesh, PartitionSpec())
+    gradients, result, draws = jax.device_get(jax.jit(run, out_shardings=replicated)(*arguments))
     found: dict[str, Any] = {
         "grads_total_mean_over_ranks": converted.to_source(gradients),
         "draws": np.stack(draws),
