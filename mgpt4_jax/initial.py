@@ -70,11 +70,13 @@ def initial_params(config: ModelConfig, seed: int) -> Params:
 def spread(path: str, shape: tuple[int, ...]) -> float:
     """The standard deviation of a matrix: one over the root of how many numbers are summed."""
     *_, part, name = path.split("/")
-    if path == "vit/pos_embed":
-        return 1.0  # places count as much as what is seen there
+    if path in ("vit/pos_embed", "llama/embed_tokens/embedding"):
+        return 1.0  # what is read counts as much as what the blocks make of it; places as much as what is seen there
     if name != "kernel":
         return shape[-1] ** -0.5
     shape = shape[1:] if is_stacked(path) else shape
     inputs = shape[0] * shape[1] if part == "out" else shape[0]
-    scale = CROSSED[part] if "/cross_attn/" in path else 1.0
-    return (DEEP if "/blocks/" in path and part in ("out", "fc2") else scale) * inputs**-0.5
+    if "/cross_attn/" in path:
+        return CROSSED[part] * inputs**-0.5
+    adds = path.startswith(("vit/blocks/", "llama/layers/")) and part in ("out", "fc2", "down")
+    return (DEEP if adds else 1.0) * inputs**-0.5

@@ -57,8 +57,9 @@ def recipe(out: Path, seed: int) -> Iterator[Step]:
 
     yield Step("draw the world", ["data", "shapes", "--out", str(world), "--seed", str(seed)], world)
     yield begin("llm", "--tokenizer", str(world / "tokenizer"), "--template", TEMPLATE)
-    yield train("llm", models / "llm", "statements.jsonl", "talks.jsonl", weights=(1, 2))
-    yield export(out / "llm" / "model", "hf", files / "llm")
+    yield train("llm", models / "llm", "statements.jsonl")
+    yield train("talk", out / "llm" / "model", "statements.jsonl", "talks.jsonl", weights=(1, 3))
+    yield export(out / "talk" / "model", "hf", files / "llm")
     yield begin("blip2", "--qformer-tokenizer", str(world / "qformer_tokenizer"))
     yield train("vision", models / "blip2", "pairs.jsonl")
     yield train("stage1", out / "vision" / "model", "pairs.jsonl")
@@ -100,7 +101,7 @@ def evaluations(out: Path) -> Iterator[Step]:
     yield from answers("test", "finetune", "blind")
     told = world / "test" / "questions_in_words.json"
     words = ("--prompt", "{}", "--template", "none", "--stop", "###")
-    yield measure("test-in-words-questions", out / "llm" / "model", "vqa", told, *words)
+    yield measure("test-in-words-questions", out / "talk" / "model", "vqa", told, *words)
 
 
 def run(steps: Iterator[Step], seconds: Path) -> None:

@@ -54,6 +54,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "commands": LIBRARY | USES | {"", "convert", "api", "initial"},
     "cli": {"errors", "commands"},
     "demo": {"cli"},
+    "tiny": {"errors"},
     "__main__": {"cli"},
     "": {"api"},  # mgpt4_jax/__init__.py
 }

@@ -13,7 +13,7 @@ from train.world import TOKENIZER
 from mgpt4_jax.checkpoint import flatten, read_leaf, read_manifest
 from mgpt4_jax.cli import main
 from mgpt4_jax.config import ModelConfig, model_config_to_dict
-from mgpt4_jax.initial import CROSSED, initial_params, spread
+from mgpt4_jax.initial import CROSSED, DEEP, initial_params, spread
 from mgpt4_jax.models import abstract_params
 
 
@@ -26,7 +26,7 @@ def test_every_parameter_is_drawn_for_its_width() -> None:
     assert np.std(query) == pytest.approx(LLAMA.hidden_size**-0.5, rel=0.05)
     assert spread("qformer/layers/layer_0/cross_attn/query/kernel", (2, 32, 4, 8)) == CROSSED["query"] * 32**-0.5
     out = leaves["llama/layers/attn/out/kernel"]  # summed over heads and their width
-    assert np.std(out) == pytest.approx((LLAMA.num_heads * LLAMA.head_dim) ** -0.5, rel=0.05)
+    assert np.std(out) == pytest.approx(DEEP * (LLAMA.num_heads * LLAMA.head_dim) ** -0.5, rel=0.05)
     assert not np.any(leaves["projection/bias"]) and np.all(leaves["llama/norm/scale"] == 1)
 
 

@@ -163,7 +163,8 @@ def _write_tests(folder: Path, painted: Sequence[tuple[str, Scene]], questions: 
     (folder / "captions.json").write_text(json.dumps(captions, indent=0))
     for start in range(0, len(captions), AMONG):
         (folder / f"pairs_{start // AMONG}.json").write_text(json.dumps(captions[start : start + AMONG], indent=0))
-    seen, told = [], []
+    seen: list[dict[str, Any]] = []
+    told: list[dict[str, Any]] = []
     for kind in words.ASKED:
         for number in range(questions):
             scene, name = scenes[number % len(scenes)], names[number % len(scenes)]

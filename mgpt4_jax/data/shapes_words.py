@@ -60,8 +60,10 @@ def description(scene: Scene, rng: np.random.Generator) -> str:
 
 def scene_in_words(scene: Scene, rng: np.random.Generator) -> str:
     """What a text says in the place of the picture."""
-    if rng.random() < 0.4:
-        return caption(scene, rng)
+    return caption(scene, rng) if rng.random() < 0.4 else in_few_words(scene, rng)
+
+
+def in_few_words(scene: Scene, rng: np.random.Generator) -> str:
     return ", ".join(f"{thing.name} {thing.place}" for thing in _shuffled(scene, rng))
 
 
@@ -155,9 +157,13 @@ def ask(scene: Scene, rng: np.random.Generator, kind: str | None = None) -> Ques
 def statement(scene: Scene, rng: np.random.Generator) -> str:
     """A short text: the scene in words where a picture will be, and all of it said again.
 
-    It is what the rows of the first stages read: a caption behind the picture, or a description that was asked for.
+    It is what the rows of the first stages read, a caption behind the picture, or a description that was asked for; or
+    it says the same three times in other orders, from which is learnt soonest that what was said once holds.
     """
-    if rng.random() < 0.5:
+    kind = rng.random()
+    if kind < 0.4:
+        return "\n".join(in_few_words(scene, rng) for _ in range(3))
+    if kind < 0.7:
         return f"{scene_in_words(scene, rng)} {caption(scene, rng)}\n"
     return _talk_in_training(scene, rng, [ask(scene, rng, "describe")])
 
