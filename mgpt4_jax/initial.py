@@ -37,15 +37,13 @@ def init_model(
 ) -> Path:
     """Write a random model of ``config`` as a model directory, with copies of its tokenisers."""
     fields = {"config": config, "template": get_template(template).name, "num_parameters": num_parameters(config)}
-    readers = {
-        "tokenizer": (tokenizer, load_llama_tokenizer),
-        "qformer_tokenizer": (qformer_tokenizer, load_bert_tokenizer),
-    }
     with new_directory(out, overwrite=overwrite) as partial:
-        for name, (directory, read) in readers.items():
-            if directory is not None:
-                read(directory)  # refuses what is none
-                copy_tokenizer(directory, partial / name)
+        if tokenizer is not None:
+            load_llama_tokenizer(tokenizer)  # refuses what is none
+            copy_tokenizer(tokenizer, partial / "tokenizer")
+        if qformer_tokenizer is not None:
+            load_bert_tokenizer(qformer_tokenizer)
+            copy_tokenizer(qformer_tokenizer, partial / "qformer_tokenizer")
         write_model(partial, initial_params(config, seed), fields)
     return Path(out)
 
