@@ -244,7 +244,7 @@ def print_machine(rounds: int) -> None:
 def print_batches(found: dict[str, list[Answer]]) -> None:
     """``found``: of each batch, in rounds of which each did all."""
     first = next(iter(found.values()))
-    print("| pairs | ms | as often as the first (median of rounds) | least .. most | operations | of them contrast |")
+    print("| pairs | ms | times the first (median of rounds) | least .. most | operations | of them contrast |")
     print("|---|---|---|---|---|---|")
     for rows, answers in found.items():
         counted = answers[0]["flops"] / first[0]["flops"]
@@ -255,7 +255,7 @@ def print_batches(found: dict[str, list[Answer]]) -> None:
 def print_devices(found: dict[str, list[Answer]]) -> None:
     """``found``: of each number of devices, at the same batch."""
     first = next(iter(found.values()))
-    print(f"| devices, {FIXED} pairs | ms | against the first (median of rounds) | least .. most | processor time |")
+    print(f"| devices, {FIXED} pairs | ms | times the first (median of rounds) | least .. most | processor time |")
     print("|---|---|---|---|---|")
     for devices, answers in found.items():
         work = statistics.median(_ratios(answers, first, "cpu_seconds"))
