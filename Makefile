@@ -14,7 +14,7 @@ FIND_PYTHON = for python in $(PYTHON) python3 python3.12 python3.11; do \
 	    python=; \
 	done
 
-.PHONY: help test demo lint fmt bench prove learn clean
+.PHONY: help test demo lint fmt bench prove learn tiny clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -44,6 +44,9 @@ prove: $(READY)  ## true sizes: convert 7B, verify a ViT-g; needs 45 GB: ARGS="-
 
 learn: $(READY)  ## pre-train a small Q-Former in minutes, and find held-out pictures; ARGS="--seed 1"
 	PYTHONPATH=tests $(BIN)/python -m train.learn_pairs $(ARGS)
+
+tiny: $(READY)  ## train a small MiniGPT-4 from nothing, stage by stage, and measure it; under an hour
+	$(BIN)/python -m mgpt4_jax.tiny $(ARGS)
 
 clean:  ## remove the environment, the caches and what builds leave
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .mypy_cache build dist *.egg-info

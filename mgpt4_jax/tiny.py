@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mgpt4_jax.errors import UserError
+from mgpt4_jax.tiny_report import figures, ship, unchanged_parts
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs" / "tiny"
@@ -126,11 +127,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="make tiny ARGS=...", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="where everything goes (runs/tiny)")
     parser.add_argument("--seed", type=int, default=0, help="of the world, the first weights and the runs (0)")
+    parser.add_argument("--ship", type=Path, help="copy the exported files there, with their manifest")
     arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    out, seed = arguments.out, arguments.seed
+    out.mkdir(parents=True, exist_ok=True)
     try:
-        run(recipe(arguments.out, arguments.seed), arguments.out / "seconds.jsonl")
-        run(evaluations(arguments.out), arguments.out / "seconds.jsonl")
+        run(recipe(out, seed), out / "seconds.jsonl")
+        run(evaluations(out), out / "seconds.jsonl")
+        print(json.dumps({"figures": figures(out), "frozen_unchanged": unchanged_parts(out)}, indent=1))
+        if arguments.ship is not None:
+            print(ship(out, arguments.ship, seed=seed, command=f"make tiny ARGS='--seed {seed}'"))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -54,7 +54,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "commands": LIBRARY | USES | {"", "convert", "api", "initial"},
     "cli": {"errors", "commands"},
     "demo": {"cli"},
-    "tiny": {"errors"},
+    "tiny": {"errors", "tiny_report"},
+    "tiny_report": {"errors", "checkpoint", "train"},
     "__main__": {"cli"},
     "": {"api"},  # mgpt4_jax/__init__.py
 }
