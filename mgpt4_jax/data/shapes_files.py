@@ -15,7 +15,6 @@ No scene to measure on is one to learn from. A seed is a world, to the byte.
 from __future__ import annotations
 
 import io
-import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -36,6 +35,8 @@ AMONG = 100
 """Pairs of a file for retrieval: a picture is looked for among so many."""
 _MARKS = ("<Img>", "</Img>", "###")
 _WORDS = re.compile(r"[a-z]+|[^a-z\s]")
+_PARTS = ("texts", "pairs", "curated", "test", "unseen")
+_TESTS: tuple[Part, ...] = ("test", "unseen")
 _TEXTS = {"statements": words.statement, "talks": words.talk}
 _PIECES = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
@@ -100,37 +101,50 @@ def write_world(
     except OSError as error:
         reason = "exists already" if isinstance(error, FileExistsError) else error.strerror
         raise UserError(f"{out}: {reason}; choose another name") from error
-    rng = np.random.default_rng(seed)
-    texts = {kind: [write(draw_scene(rng), rng) for _ in range(sizes.texts)] for kind, write in _TEXTS.items()}
+    # Numbers of their own for each part: more of one changes none of the others.
+    draws = {name: np.random.default_rng((seed, number)) for number, name in enumerate(_PARTS)}
+    _write_texts(out, sizes.texts, draws["texts"])
+    paint = _Painter(out, sizes.pairs + sizes.curated + 2 * sizes.test, report)
+    rng = draws["pairs"]
+    pairs = paint("pairs", (draw_scene(rng) for _ in range(sizes.pairs)), rng)
+    _write_lines(out / "pairs.jsonl", ({"image": path, "caption": words.caption(scene, rng)} for path, scene in pairs))
+    rng = draws["curated"]
+    curated = paint("curated", (draw_scene(rng) for _ in range(sizes.curated)), rng)
+    _write_lines(out / "curated.jsonl", (_curated(path, scene, rng) for path, scene in curated))
+    blind = mean_picture(sorted((out / "pairs").iterdir()))
+    for part in _TESTS:
+        rng = draws[part]
+        chosen = list(paint(f"{part}/images", different_scenes(sizes.test, rng, part), rng))
+        _write_tests(out / part, chosen, sizes.questions, rng)
+        _write_blind(out / part, blind)
+
+
+def _write_texts(out: Path, count: int, rng: np.random.Generator) -> None:
+    """What the language model reads, and the tokenisers, which are made of a part of it."""
+    texts = {kind: [write(draw_scene(rng), rng) for _ in range(count)] for kind, write in _TEXTS.items()}
     some = [text for kind in texts.values() for text in kind[:2500]]
     train_tokenizer(out / "tokenizer", some)
     train_word_pieces(out / "qformer_tokenizer" / "vocab.txt", some)
     for kind, written in texts.items():
         _write_lines(out / f"{kind}.jsonl", ({"image": None, "caption": text} for text in written))
-    total, done = sizes.pairs + sizes.curated + 2 * sizes.test, 0
 
-    def paint(folder: str, chosen: Iterable[Scene]) -> Iterator[tuple[str, Scene]]:
-        """(path of the picture, scene) of each, below ``out``."""
-        nonlocal done
-        (out / folder).mkdir(parents=True)
+
+class _Painter:
+    """Draws scenes below ``out``, and tells how far it is of ``total``."""
+
+    def __init__(self, out: Path, total: int, report: Callable[[int, int], None] | None) -> None:
+        self._out, self._total, self._report, self._done = out, total, report, 0
+
+    def __call__(self, folder: str, chosen: Iterable[Scene], rng: np.random.Generator) -> Iterator[tuple[str, Scene]]:
+        """(path of the picture from ``out``, scene) of each."""
+        (self._out / folder).mkdir(parents=True)
         for number, scene in enumerate(chosen):
             path = f"{folder}/{number:05d}.png"
-            draw_picture(scene, rng).save(out / path)
-            done += 1
-            if report is not None:
-                report(done, total)
+            draw_picture(scene, rng).save(self._out / path)
+            self._done += 1
+            if self._report is not None:
+                self._report(self._done, self._total)
             yield path, scene
-
-    scenes = (draw_scene(rng) for _ in itertools.count())
-    pairs = paint("pairs", itertools.islice(scenes, sizes.pairs))
-    _write_lines(out / "pairs.jsonl", ({"image": path, "caption": words.caption(scene, rng)} for path, scene in pairs))
-    curated = paint("curated", itertools.islice(scenes, sizes.curated))
-    _write_lines(out / "curated.jsonl", (_curated(path, scene, rng) for path, scene in curated))
-    parts: tuple[Part, ...] = ("test", "unseen")
-    for part in parts:
-        chosen = list(paint(f"{part}/images", different_scenes(sizes.test, rng, part)))
-        _write_tests(out / part, chosen, sizes.questions, rng)
-        _write_blind(out / part, mean_picture(sorted((out / "pairs").iterdir())))
 
 
 def mean_picture(paths: Sequence[Path]) -> Image.Image:

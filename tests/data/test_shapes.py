@@ -136,6 +136,13 @@ def test_the_same_seed_writes_the_same_world(world: Path, tmp_path: Path) -> Non
     assert all((world / file).read_bytes() == (tmp_path / "again" / file).read_bytes() for file in files)
 
 
+def test_more_of_one_part_changes_no_other(world: Path, tmp_path: Path) -> None:
+    sizes = [*SIZES, "--pairs", "9", "--texts", "60"]
+    assert main(["data", "shapes", "--out", str(tmp_path / "larger"), "--seed", "3", *sizes]) == 0
+    for name in ("test/captions.json", "test/questions.json", "unseen/images/00004.png", "curated.jsonl"):
+        assert (tmp_path / "larger" / name).read_bytes() == (world / name).read_bytes()
+
+
 def test_a_world_is_never_written_over(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "shapes", "--out", str(world), *SIZES]) == 2
     assert "exists already" in capsys.readouterr().err
