@@ -23,7 +23,7 @@ help:  ## list the targets
 test: $(READY)  ## run every test on the CPU; ARGS="tests/golden -k vicuna" runs some
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
-demo: $(READY)  ## convert tiny checkpoints, prove them against PyTorch, answer about pictures
+demo: $(READY)  ## the small model: convert it, prove it, ask it, train it, and look at .demo/page.html; minutes
 	$(BIN)/python -m mgpt4_jax.demo $(ARGS)
 
 lint: $(READY)  ## ruff and mypy, changing nothing

@@ -45,11 +45,11 @@ def render_shell(title: str, parts: Iterable[str], style: str = "") -> str:
     )
 
 
-def render_picture(jpeg: bytes | None) -> str:
-    """A picture inside the page, or the place of one."""
-    if jpeg is None:
+def render_picture(data: bytes | None, kind: str = "jpeg", alt: str = "") -> str:
+    """A picture inside the page, or the place of one; ``alt`` is what is read to those who do not see it."""
+    if data is None:
         return '<div class="none">no picture</div>'
-    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}">'
+    return f'<img alt="{as_text(alt)}" src="data:image/{kind};base64,{base64.b64encode(data).decode()}">'
 
 
 def write_whole(path: Path, page: str) -> None:
