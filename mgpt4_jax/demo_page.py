@@ -9,6 +9,12 @@ from typing import Any
 
 from mgpt4_jax.data.page_shell import as_text, render_picture, render_shell, write_whole
 
+LEGEND = (
+    "All are percent but CIDEr. test: pictures never seen, of pairs of colour and shape that were; unseen: of pairs "
+    "that were not. align: after captions alone; finetune: after instructions; alone: without BLIP-2's stage 2; blind: "
+    "shown the mean picture; in words: the language model, told the scene. r1: found first among 100, by similarity "
+    "(itc) or matched again; named: of all things in the pictures."
+)
 LONG = 30  # letters of an answer that is not set bold
 _STYLE = """
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 1em; margin: 1.5em 0; }
@@ -25,13 +31,16 @@ _STYLE = """
 .hits .answer { margin-top: .5em; white-space: nowrap; }
 .wide { overflow-x: auto; } .wide table { margin: .5em 0; }
 th { text-align: left; font-weight: 600; padding: .15em 1.4em .15em 0; } td { padding: .15em 1.4em .15em 0; }
-td.number { text-align: right; font-variant-numeric: tabular-nums; } tr.all td { font-weight: 600; }
-.curves img { width: 100%; max-width: 860px; display: block; margin: 1em 0; }
+th + th { text-align: right; } td.number { text-align: right; font-variant-numeric: tabular-nums; } tr.all td { font-weight: 600; }
+.beside { display: flex; flex-wrap: wrap; gap: 1em 2em; align-items: flex-start; }
+.curves { flex: 1 1 340px; } .curves img { width: 100%; max-width: 760px; display: block; }
 details { margin: .6em 0; } summary { cursor: pointer; color: #1f5fa8; }
 pre { background: #f3f6fa; border-radius: 6px; padding: .8em; overflow-x: auto; font-size: .85em; }
 h2 { margin-top: 2em; }
 @media (max-width: 500px) {
   body { margin: 1em auto; } .cards { grid-template-columns: repeat(2, 1fr); gap: .6em; }
+  .hits { grid-template-columns: repeat(4, 1fr); } .hits .card { padding: .35em; }
+  .hits .answer { white-space: normal; font-size: .8em; }
   .tiles { grid-template-columns: repeat(2, 1fr); gap: .6em; } .tile b { font-size: 1.4em; }
 }
 """
@@ -187,8 +196,8 @@ def _training(found: Findings) -> str:
         f"The run on four simulated devices was told to stop, saved itself at step {found.stopped_at}, and the same "
         f"line again took it up to step {found.steps}.</p>\n"
         f'<p class="dim">{count} short questions about pictures never seen, those without an answer to the letter '
-        f"count as wrong.</p>\n{table}\n"
-        f'<div class="curves">{render_picture(found.curves.read_bytes(), "png", "the training curves")}</div>'
+        f'count as wrong.</p>\n<div class="beside">{table}\n'
+        f'<div class="curves">{render_picture(found.curves.read_bytes(), "png", "the training curves")}</div></div>'
     )
 
 
@@ -223,7 +232,7 @@ def _figures(found: Findings) -> str:
     made += [f"seed {manifest['seed']}"] if "seed" in manifest else []
     if seconds := manifest.get("seconds"):
         made.append(f"in {sum(seconds.values()) / 60:.0f} minutes")
-    note = "As their manifest records it, in percent" + "".join(f"; {as_text(part)}" for part in made) + "."
+    note = "As their manifest records it" + "".join(f"; {as_text(part)}" for part in made) + f". {LEGEND}"
     tables = "\n".join(_table(head, rows) for head, rows in pivot(dict(flatten(manifest["figures"]))))
     return f'<h2>What the shipped weights reach</h2>\n<p class="dim">{note}</p>\n{tables}'
 
@@ -248,7 +257,11 @@ def pivot(figures: Mapping[str, str]) -> list[tuple[list[str], list[list[str]]]]
     tables: dict[tuple[str, ...], list[list[str]]] = {}
     for row, cells in rows.items():
         tables.setdefault(tuple(cells), []).append([row.replace("/", " · "), *cells.values()])
-    return [(["", *(name.removeprefix("exact_match_") for name in columns)], own) for columns, own in tables.items()]
+    return [(["", *map(_metric, columns)], own) for columns, own in tables.items()]
+
+
+def _metric(name: str) -> str:
+    return "all" if name == "exact_match" else name.removeprefix("exact_match_")
 
 
 def _commands(found: Findings) -> str:
