@@ -82,14 +82,14 @@ def _colour(scene: Scene, rng: np.random.Generator) -> Question:
 
 def _shape(scene: Scene, rng: np.random.Generator) -> Question:
     thing = scene[int(rng.integers(len(scene)))]
-    which = pick(rng, (f"the {thing.colour} thing", f"the thing at the {thing.place}"))
-    return Question("shape", f"what shape is {which}?", thing.shape)
+    text = pick(rng, (f"what shape is the {thing.colour} thing?", f"which shape does the {thing.colour} thing have?"))
+    return Question("shape", text, thing.shape)
 
 
 def _size(scene: Scene, rng: np.random.Generator) -> Question:
     thing = scene[int(rng.integers(len(scene)))]
-    which = pick(rng, (thing.shape, f"{thing.colour} {thing.shape}", f"{thing.colour} thing"))
-    return Question("size", pick(rng, (f"how big is the {which}?", f"is the {which} small or big?")), thing.size)
+    text = pick(rng, (f"how big is the {thing.shape}?", f"is the {thing.shape} small or big?"))
+    return Question("size", text, thing.size)
 
 
 def _count(scene: Scene, rng: np.random.Generator) -> Question:
@@ -112,8 +112,8 @@ def _existence(scene: Scene, rng: np.random.Generator) -> Question:
 
 def _place(scene: Scene, rng: np.random.Generator) -> Question:
     thing = scene[int(rng.integers(len(scene)))]
-    which = pick(rng, (thing.shape, f"{thing.colour} {thing.shape}", f"{thing.colour} thing"))
-    return Question("place", f"where is the {which}?", thing.place)
+    text = pick(rng, (f"where is the {thing.shape}?", f"where do you see the {thing.shape}?"))
+    return Question("place", text, thing.place)
 
 
 def _check(scene: Scene, rng: np.random.Generator) -> Question:
