@@ -52,6 +52,7 @@ def convert(
     tokenizer: Paths | None = None,
     qformer_tokenizer: Paths | None = None,
     allow_llm_mismatch: bool = False,
+    seed: int = 0,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Report:
@@ -65,16 +66,19 @@ def convert(
     * ``overrides``: what the files cannot tell, ``{"vit": {"num_heads": 4}}``; ``image_size`` in pixels resizes
       the position embeddings.
     * ``tokenizer``, ``qformer_tokenizer``: directories to copy; by default those beside the language model.
+    * ``seed``: of a projection that no file holds, which begins random.
     * ``progress(done, total)`` is called with bytes.
 
     Tensors keep the dtype of the file. Raises ``UserError``; ``out`` then is as it was.
     """
     if template is not None:
         get_template(template)
+    if seed < 0:
+        raise UserError(f"seed must be at least 0, got {seed}")
     sources = open_sources(vit, qformer, llm, llm_delta, projection, from_dir, bert)
     if image_size is not None:
         overrides = {**(overrides or {}), "vit": {**(overrides or {}).get("vit", {}), "image_size": image_size}}
-    inferred = infer(sources, overrides, allow_llm_mismatch=allow_llm_mismatch)
+    inferred = infer(sources, overrides, allow_llm_mismatch=allow_llm_mismatch, seed=seed)
     if inside := [file for _, file in source_files(sources) if file.resolve().is_relative_to(Path(out).resolve())]:
         raise UserError(f"{out}: holds {inside[0]}, one of the files to convert; choose another --out")
     planned = plan(inferred.parts, abstract_params(inferred.config))

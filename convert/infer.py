@@ -19,9 +19,15 @@ from .readers import Source
 
 
 def infer(
-    sources: Mapping[str, Source], overrides: Overrides | None = None, *, allow_llm_mismatch: bool = False
+    sources: Mapping[str, Source],
+    overrides: Overrides | None = None,
+    *,
+    allow_llm_mismatch: bool = False,
+    seed: int = 0,
 ) -> Inferred:
     """``sources`` by role: vit, qformer, llm, projection; vit and bert; or model (a whole Hugging Face directory).
+
+    ``seed``: of a projection that no file holds, which begins random.
 
     Raises ``UserError`` for parts that do not belong together or are not supported.
     """
@@ -33,7 +39,7 @@ def infer(
     if "bert" in sources:
         result = infer_bert(sources, overrides)
     elif model is None:
-        result = LavisFiles(sources, overrides, allow_llm_mismatch).infer()
+        result = LavisFiles(sources, overrides, allow_llm_mismatch, seed).infer()
     elif (model.config or {}).get("model_type") in KINDS:
         result = LavisFiles({"llm": model}, overrides, allow_llm_mismatch).infer()
     else:

@@ -45,8 +45,8 @@ _DEFAULT_PRECEDENCE = ("projection", "qformer", "vit")
 class LavisFiles:
     """The parts as LAVIS and MiniGPT-4 keep them: separate files, of which any may be absent."""
 
-    def __init__(self, sources: Mapping[str, Source], overrides: Overrides, allow_llm_mismatch: bool):
-        self.sources, self.overrides, self.allow_llm_mismatch = sources, overrides, allow_llm_mismatch
+    def __init__(self, sources: Mapping[str, Source], overrides: Overrides, allow_llm_mismatch: bool, seed: int = 0):
+        self.sources, self.overrides, self.allow_llm_mismatch, self.seed = sources, overrides, allow_llm_mismatch, seed
         files = {role: source for role, source in sources.items() if role != "llm"}
         llm = sources.get("llm")
         self.kind = "llama" if llm is None else (llm.config or {}).get("model_type", "llama")
@@ -256,7 +256,7 @@ class LavisFiles:
             fills += [llama.constant("ln_vision/scale", 1.0, reason), llama.constant("ln_vision/bias", 0.0, reason)]
         has_both_sides = config.vit is not None and config.language_model is not None
         if has_both_sides and self.owner["projection"] is None:
-            fills += llama.untrained_projection()
+            fills += llama.untrained_projection(self.seed)
         return fills
 
 

@@ -48,12 +48,12 @@ def projection(name: str, inputs: int, outputs: int) -> list[Entry]:
     ]
 
 
-def untrained_projection() -> list[Entry]:
-    """For training from here: the values ``torch.nn.Linear`` begins with, from a fixed seed."""
+def untrained_projection(seed: int) -> list[Entry]:
+    """For training from here: the values ``torch.nn.Linear`` begins with."""
     reason = "no --projection was given: it begins random and must be trained"
 
     def uniform(shape: tuple[int, ...]) -> np.ndarray:
-        return np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32) / np.float32(np.sqrt(shape[0]))
+        return np.random.default_rng(seed).uniform(-1, 1, shape).astype(np.float32) / np.float32(np.sqrt(shape[0]))
 
     return [
         Fill("projection/kernel", uniform, reason),

@@ -31,7 +31,8 @@ _STYLE = """
 .hits .answer { margin-top: .5em; white-space: nowrap; }
 .wide { overflow-x: auto; } .wide table { margin: .5em 0; }
 th { text-align: left; font-weight: 600; padding: .15em 1.4em .15em 0; } td { padding: .15em 1.4em .15em 0; }
-th + th { text-align: right; } td.number { text-align: right; font-variant-numeric: tabular-nums; } tr.all td { font-weight: 600; }
+th + th { text-align: right; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; } tr.all td { font-weight: 600; }
 .beside { display: flex; flex-wrap: wrap; gap: 1em 2em; align-items: flex-start; }
 .curves { flex: 1 1 340px; } .curves img { width: 100%; max-width: 760px; display: block; }
 details { margin: .6em 0; } summary { cursor: pointer; color: #1f5fa8; }

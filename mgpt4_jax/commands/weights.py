@@ -54,6 +54,7 @@ def _add_convert(parser: ArgumentParser) -> None:
         action="store_true",
         help="join a projection to a language model that it was not trained with",
     )
+    parser.add_argument("--seed", type=int, default=0, help="of a projection that begins random (0)")
     parser.add_argument("--overwrite", action="store_true", help="replace the model directory")
 
 

@@ -19,6 +19,7 @@ from mgpt4_jax.checkpoint import load_params, read_leaf, read_manifest
 from mgpt4_jax.convert.convert import convert
 from mgpt4_jax.convert.inspect import inspect
 from mgpt4_jax.convert.readers import open_source
+from mgpt4_jax.errors import UserError
 
 STAGE1 = GOLDEN / "blip2_stage1" / "blip2_stage1.pth"
 
@@ -95,6 +96,19 @@ def test_the_projection_may_come_later(tmp_path):
     assert 0.5 < np.abs(kernel).max() * np.sqrt(32) <= 1
     assert not read_leaf(tmp_path / "model", "projection/bias").any()
     assert any("must be trained" in reason for reason in report.filled)
+
+
+def test_another_seed_begins_with_another_projection(tmp_path):
+    """A Q-Former that learnt to speak through one projection must not find it again where a new one is wanted."""
+    files = {"vit": VIT, "qformer": QFORMER, "llm": LLM, "overrides": OVERRIDES}
+    kernels = []
+    for number, seed in enumerate((0, 1, 1)):
+        convert(**files, out=tmp_path / str(number), seed=seed)
+        kernels.append(read_leaf(tmp_path / str(number), "projection/kernel"))
+    assert np.array_equal(kernels[1], kernels[2])
+    assert abs(np.corrcoef(kernels[0].ravel(), kernels[1].ravel())[0, 1]) < 0.2
+    with pytest.raises(UserError, match="seed must be at least 0"):
+        convert(**files, out=tmp_path / "model", seed=-1)
 
 
 def test_a_training_run_replaces_what_it_trained(tmp_path):
