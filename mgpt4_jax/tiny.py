@@ -49,11 +49,12 @@ def recipe(out: Path, seed: int) -> Iterator[Step]:
     def export(model: Path, layout: str, to: Path) -> Step:
         return Step(f"export {to.name}", ["export", str(model), "--format", layout, "--out", str(to)], to)
 
-    def join(name: str, qformer: Path) -> Step:
+    def join(name: str, qformer: Path, draw: int) -> Step:
         """Vision, Q-Former and language model, with a projection that begins random."""
         words = ["convert", "--vit", str(files / "stage1" / "eva_vit_g.pth"), "--qformer", str(qformer)]
         words += ["--llm", str(files / "llm"), "--template", TEMPLATE]
         words += ["--overrides", str(CONFIGS / "overrides.yaml"), "--out", str(models / name)]
+        words += ["--seed", str(2 * seed + draw)]
         return Step(f"join {name}", words, models / name)
 
     yield Step("draw the world", ["data", "shapes", "--out", str(world), "--seed", str(seed)], world)
@@ -65,15 +66,15 @@ def recipe(out: Path, seed: int) -> Iterator[Step]:
     yield train("vision", models / "blip2", "pairs.jsonl")
     yield train("stage1", out / "vision" / "model", "pairs.jsonl")
     yield export(out / "stage1" / "model", "lavis", files / "stage1")
-    yield join("stage2", files / "stage1" / "blip2_pretrained.pth")
+    yield join("stage2", files / "stage1" / "blip2_pretrained.pth", 0)
     yield train("stage2", models / "stage2", "pairs.jsonl")
     yield export(out / "stage2" / "model", "lavis", files / "stage2")
-    yield join("align", files / "stage2" / "blip2_pretrained.pth")
+    yield join("align", files / "stage2" / "blip2_pretrained.pth", 1)  # not the projection that it grew up with
     yield train("align", models / "align", "pairs.jsonl")
     yield train("finetune", out / "align" / "model", "curated.jsonl")
     yield export(out / "finetune" / "model", "minigpt4", files / "pretrained_minigpt4.pth")
     # What one projection reaches alone, without BLIP-2's stage 2 before it:
-    yield join("alone", files / "stage1" / "blip2_pretrained.pth")
+    yield join("alone", files / "stage1" / "blip2_pretrained.pth", 1)
     yield train("align-alone", models / "alone", "pairs.jsonl")
 
 
