@@ -1,6 +1,6 @@
 """make tiny: the whole recipe in small, from nothing to a MiniGPT-4 that answers about drawn pictures.
 
-Every step is a command of the program, printed before it runs. A step whose result is there is passed over, and a
+Every step is a command of the program, printed before it runs. A step that came to its end is passed over, and a
 training that was stopped goes on: so the same line again goes on with the recipe.
 """
 
@@ -107,9 +107,13 @@ def evaluations(out: Path) -> Iterator[Step]:
 
 
 def run(steps: Iterator[Step], seconds: Path) -> None:
-    """Run what has no result yet; ``seconds`` keeps how long each took."""
+    """Run what did not come to its end yet, which ``seconds`` tells: how long each took.
+
+    A result alone does not tell it: a training that was stopped leaves a model too.
+    """
+    done = {json.loads(line)["step"] for line in seconds.read_text().splitlines()} if seconds.exists() else set()
     for step in steps:
-        if step.result.exists():
+        if step.title in done and step.result.exists():
             continue
         print(f"\n== {step.title}\n$ mgpt4 {' '.join(map(_quoted, step.words))}", flush=True)
         start = time.monotonic()
