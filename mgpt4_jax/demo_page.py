@@ -76,7 +76,8 @@ class Findings:
 
     Args:
       verified: by the name of a model what ``mgpt4 verify --json`` wrote.
-      scores: by the title of a column the ``scores.json`` of an evaluation; in the order of the columns.
+      scores: by the title of a column the ``scores.json`` of an evaluation; in the order of the columns,
+        of which the first are ``before`` the training and after it.
       curves: the PNG of the run, which ``stopped_at`` says where it was stopped and resumed.
       manifest: of the weights, as ``tiny_report.py`` writes it; empty: there is none.
       among: how many pictures were searched.
@@ -120,7 +121,7 @@ def _tiles(found: Findings) -> str:
     first = sum(query.hits[0][0].name in query.right for query in found.queries if query.hits)
     rows = [row for table in found.verified.values() for row in table["rows"]]
     agree = sum(row["passed"] for row in rows)
-    before, after, *_ = [_total(scores) for scores in found.scores.values()]
+    before, after, *_ = [scores["exact_match"] for scores in found.scores.values()]
     tiles = [
         (f"{right} of {len(found.answers)}", "answers about pictures never seen are right"),
         (f"{first} of {len(found.queries)}", f"searches find a right picture first, among {found.among}"),
@@ -128,10 +129,6 @@ def _tiles(found: Findings) -> str:
         (f"{agree} of {len(rows)}", "comparisons with PyTorch agree"),
     ]
     return f'<div class="tiles">{"".join(f"<div class=tile><b>{big}</b>{small}</div>" for big, small in tiles)}</div>'
-
-
-def _total(scores: Mapping[str, float]) -> float:
-    return scores["exact_match"]
 
 
 def _answers(found: Findings) -> str:
@@ -190,14 +187,15 @@ def _training(found: Findings) -> str:
     rows = [[kind.removeprefix("exact_match_"), *_percents(found, kind)] for kind in kinds]
     head = ["questions right", *found.scores]
     table = _table(head, [*rows, ["all", *_percents(found, "exact_match")]], is_summed=True)
-    count = round(next(iter(found.scores.values())).get("items", 0))
+    count = found.scores["before"]["items"]
     return (
         "<h2>One linear layer, trained here</h2>\n"
         "<p>Vision tower, Q-Former and language model are frozen; a new projection between them begins random. "
         f"The run on four simulated devices was told to stop, saved itself at step {found.stopped_at}, and the same "
         f"line again took it up to step {found.steps}.</p>\n"
-        f'<p class="dim">{count} short questions about pictures never seen, those without an answer to the letter '
-        f'count as wrong.</p>\n<div class="beside">{table}\n'
+        f'<p class="dim">{count} short questions about pictures never seen, right if answered to the letter. Not '
+        "seeing is to be shown the mean of many pictures each time: what the words of the questions give away.</p>\n"
+        f'<div class="beside">{table}\n'
         f'<div class="curves">{render_picture(found.curves.read_bytes(), "png", "the training curves")}</div></div>'
     )
 
