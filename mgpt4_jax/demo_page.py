@@ -41,7 +41,8 @@ h2 { margin-top: 2em; }
 @media (max-width: 500px) {
   body { margin: 1em auto; } .cards { grid-template-columns: repeat(2, 1fr); gap: .6em; }
   .hits { grid-template-columns: repeat(4, 1fr); } .hits .card { padding: .35em; }
-  .hits .answer { white-space: normal; font-size: .8em; }
+  .hits .answer { white-space: normal; font-size: .8em; } .wide table { font-size: .9em; }
+  th, td { padding-right: .7em; }
   .tiles { grid-template-columns: repeat(2, 1fr); gap: .6em; } .tile b { font-size: 1.4em; }
 }
 """
