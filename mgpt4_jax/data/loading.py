@@ -141,6 +141,10 @@ class Loader:
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
+    def picture_sizes(self) -> list[str]:
+        """Of each source, as ``Source.picture_sizes``: what ``fingerprint`` does not tell."""
+        return [source.picture_sizes() for source in self._sources]
+
     def _prefetch(self, maker: _BatchMaker, start: int, stop: int | None, workers: int) -> Prefetcher[TrainBatch]:
         return Prefetcher(
             maker,

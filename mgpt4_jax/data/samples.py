@@ -54,6 +54,11 @@ class Source(Protocol):
         """SHA-256 (hex) of what tells the data set's content and order, wherever it lies and whenever it was copied."""
         ...
 
+    def picture_sizes(self) -> str:
+        """SHA-256 (hex) of the sizes of pictures that are files of their own beside a list, which says not what is in
+        them; "": there are none, or too many to look at each."""
+        ...
+
 
 class Part(Protocol):
     """One file of a data set."""
@@ -89,13 +94,17 @@ class JoinedSource:
         return part.get(int(index) - int(self._ends[place]) + len(part))
 
     def fingerprint(self) -> str:
-        """Pictures in files of their own are told by their sizes, where there are few enough to look at each."""
         digest = hashlib.sha256(f"{self._kind} {len(self)}\n".encode())
-        looks = self._kind in _IN_FILES and len(self) <= MAX_SIZED
         for part in self._parts:
             digest.update(part.identity().encode("utf-8", "surrogateescape") + b"\n")
-            if looks:
-                digest.update(b"".join(b"%d " % _picture_size(part, index) for index in range(len(part))))
+        return digest.hexdigest()
+
+    def picture_sizes(self) -> str:
+        if self._kind not in _IN_FILES or len(self) > MAX_SIZED:
+            return ""
+        digest = hashlib.sha256()
+        for part in self._parts:
+            digest.update(b"".join(b"%d " % _picture_size(part, index) for index in range(len(part))))
         return digest.hexdigest()
 
 

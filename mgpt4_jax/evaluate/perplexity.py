@@ -87,13 +87,12 @@ class Meter:
         """Losses of the samples from number ``done`` on, in order."""
         config, plan = self.config, self._plan
         params = load_params(config.model, plan.dtype, plan.mesh)
-        size = plan.model.vit.image_size if plan.model.vit is not None else 0
         loader = Loader(
             [source],
             self.rows,
             config.data,
             batch_size=config.batch_size,
-            image_size=size,
+            image_size=plan.model.image_size,
             seed=config.seed,
             buckets=config.text.buckets or length_buckets(config.text.max_length),
         )
@@ -138,6 +137,9 @@ class _Rest:
 
     def fingerprint(self) -> str:
         return f"{self._source.fingerprint()} from {self._start}"
+
+    def picture_sizes(self) -> str:
+        return self._source.picture_sizes()
 
 
 def perplexity_config(

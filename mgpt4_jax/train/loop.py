@@ -119,6 +119,7 @@ class _Trainer:
                 "config": train_config_to_dict(self.config) | {"dtype": self.plan.dtype.name},
                 "mesh": ",".join(f"{axis}={size}" for axis, size in self.plan.mesh.shape.items()),
                 "data": self.data.loader.fingerprint(),
+                "pictures": self.data.loader.picture_sizes(),
                 "frozen": fingerprint(self.frozen),
             }
         )

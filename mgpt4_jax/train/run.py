@@ -88,7 +88,8 @@ def write_config(run: Path, config: Mapping[str, Any]) -> None:
 def check_unchanged(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Lines that announce what changed since the checkpoint; refuses what may not change.
 
-    Both are the ``about`` of a checkpoint: ``config``, the ``mesh`` as it is, ``data`` and ``frozen`` fingerprints.
+    Both are the ``about`` of a checkpoint: ``config``, the ``mesh`` as it is, and fingerprints of ``data``,
+    ``pictures`` and ``frozen``.
     """
     before, after = (flatten_config({**about["config"], "mesh": about["mesh"]}) for about in (saved, now))
     changes = []
@@ -106,6 +107,8 @@ def check_unchanged(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
             "data.train is not the data set that this run began with (its files, order or weights changed); "
             "put it back, or start a new run directory (from RUN/model, to build on what was learnt)"
         )
+    if saved["pictures"] != now["pictures"]:  # as when broken ones were mended
+        changes.append("pictures behind data.train are not of the sizes that they were")
     if altered := [path for path, digits in saved["frozen"].items() if now["frozen"].get(path) != digits]:
         raise UserError(
             f"{now['config']['model']}: the frozen parameter {altered[0]} is not the one this run began with; give "

@@ -18,7 +18,7 @@ from mgpt4_jax.sharding import make_mesh
 from mgpt4_jax.train.checkpoints import Checkpoints
 from mgpt4_jax.train.setup import make_plan
 from mgpt4_jax.train.state import TrainState
-from mgpt4_jax.train_config import CheckpointConfig, DataConfig, SourceConfig, TrainConfig
+from mgpt4_jax.train_config import CheckpointConfig, DataConfig, SourceConfig, TextConfig, TrainConfig
 
 NEEDED = (
     "about/metadata",
@@ -86,7 +86,8 @@ def damage(path: Path, how: str) -> None:
 def abstract(world: World, stopped: Path) -> TrainState:
     """The state of ``stopped``, without its values."""
     data = DataConfig(train=(SourceConfig("jsonl", str(world.train)),))
-    return make_plan(TrainConfig(str(world.model), str(stopped), data), make_mesh("data=1")).abstract
+    config = TrainConfig(str(world.model), str(stopped), data, text=TextConfig(max_length=24))
+    return make_plan(config, make_mesh("data=1")).abstract
 
 
 def read(checkpoints: Path, abstract: TrainState) -> list[np.ndarray]:

@@ -25,7 +25,7 @@ from mgpt4_jax.train.checkpoints import Checkpoints
 from mgpt4_jax.train.run_log import read_losses
 from mgpt4_jax.train.setup import make_plan
 from mgpt4_jax.train.state import TrainState
-from mgpt4_jax.train_config import CheckpointConfig, DataConfig, SourceConfig, TrainConfig
+from mgpt4_jax.train_config import CheckpointConfig, DataConfig, SourceConfig, TextConfig, TrainConfig
 
 KILLS = 30
 KINDS = {"save": 12, "renamed": 3, "log": 3, "model": 2, "any time": 10}
@@ -188,7 +188,7 @@ def assert_same_state(world: World, run: Path, reference: Path) -> None:
 
 def read_state(world: World, run: Path) -> TrainState:
     data = DataConfig(train=(SourceConfig("jsonl", str(world.train)),))
-    plan = make_plan(TrainConfig(str(world.model), str(run), data), make_mesh("data=1"))
+    plan = make_plan(TrainConfig(str(world.model), str(run), data, text=TextConfig(max_length=24)), make_mesh("data=1"))
     with contextlib.closing(Checkpoints(run / "checkpoints", CheckpointConfig())) as checkpoints:
         state = checkpoints.restore(STEPS, plan.abstract)
     return state._replace(key=jax.random.key_data(state.key))

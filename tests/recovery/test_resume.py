@@ -303,6 +303,7 @@ def test_too_many_bad_samples(world: World, tmp_path: Path, capsys: pytest.Captu
     for picture, data in good.items():
         picture.write_bytes(data)
     assert world.start(run, **source | {"data": source["data"] | {"max_bad_share": 1.0}}) == 0
+    assert "pictures behind data.train are not of the sizes that they were" in capsys.readouterr().err
     last = [record["bad_samples"] for record in read_log(run / "log.jsonl") if record["kind"] == "train"][-1]
     assert last == next(
         record["bad_samples"]
