@@ -154,16 +154,29 @@ def ask(scene: Scene, rng: np.random.Generator, kind: str | None = None) -> Ques
 # --- texts --------------------------------------------------------------------------------------------------
 
 
-def statement(scene: Scene, rng: np.random.Generator) -> str:
-    """A short text: the scene in words where a picture will be, and all of it said again.
+def facts(scene: Scene, rng: np.random.Generator, count: int) -> str:
+    """Short sentences, each of one thing and one of its attributes."""
+    said = []
+    for _ in range(count):
+        thing = scene[int(rng.integers(len(scene)))]
+        options = (thing.colour, thing.size, f"at the {thing.place}")
+        said.append(f"the {thing.shape} is {pick(rng, options)}.")
+    return " ".join(said)
 
-    It is what the rows of the first stages read, a caption behind the picture, or a description that was asked for; or
-    it says the same three times in other orders, from which is learnt soonest that what was said once holds.
+
+def statement(scene: Scene, rng: np.random.Generator) -> str:
+    """A short text: the scene in words where a picture will be, and then what follows from them.
+
+    A caption behind the picture, or a description that was asked for, are what the rows of the first stages read. The
+    same three times in other orders, and facts one by one, are from what is learnt soonest that what was said holds,
+    and where to look for it.
     """
     kind = rng.random()
-    if kind < 0.4:
+    if kind < 0.25:
         return "\n".join(in_few_words(scene, rng) for _ in range(3))
-    if kind < 0.7:
+    if kind < 0.6:
+        return f"{scene_in_words(scene, rng)}\n{facts(scene, rng, 6)}"
+    if kind < 0.8:
         return f"{scene_in_words(scene, rng)} {caption(scene, rng)}\n"
     return _talk_in_training(scene, rng, [ask(scene, rng, "describe")])
 
