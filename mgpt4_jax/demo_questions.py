@@ -1,4 +1,4 @@
-"""What `make demo` asks about the small world, what it looks for there, and what counts as right."""
+"""What `make show` asks about the small world, what it looks for there, and what counts as right."""
 
 from __future__ import annotations
 
