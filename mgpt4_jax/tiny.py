@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from mgpt4_jax.data.shapes_words import DESCRIBE
 from mgpt4_jax.errors import UserError
 from mgpt4_jax.tiny_report import figures, ship, unchanged_parts
 
@@ -24,7 +26,7 @@ TEMPLATE = "vicuna_v0"
 
 
 class Step(NamedTuple):
-    """``words`` of `mgpt4` make ``result``; a step without one is run each time."""
+    """``words`` of `mgpt4` make ``result``."""
 
     title: str
     words: list[str]
@@ -91,7 +93,7 @@ def evaluations(out: Path) -> Iterator[Step]:
         where = ("--images", str(folder / images))
         name = f"{part}-{stage}" + ("" if images == "images" else f"-{images}")
         yield measure(f"{name}-questions", model, "vqa", folder / "questions.json", *where, "--prompt", "{}")
-        words = ("--prompt", "describe the picture in detail.", "--max-new-tokens", "64")
+        words = ("--prompt", DESCRIBE[0], "--max-new-tokens", "64")
         yield measure(f"{name}-captions", model, "caption", folder / "captions.json", *where, *words)
 
     for part in ("test", "unseen"):
@@ -115,17 +117,13 @@ def run(steps: Iterator[Step], seconds: Path) -> None:
     for step in steps:
         if step.title in done and step.result.exists():
             continue
-        print(f"\n== {step.title}\n$ mgpt4 {' '.join(map(_quoted, step.words))}", flush=True)
+        print(f"\n== {step.title}\n$ mgpt4 {shlex.join(step.words)}", flush=True)
         start = time.monotonic()
         code = subprocess.run([sys.executable, "-m", "mgpt4_jax.cli", *step.words]).returncode
         if code:
             raise UserError(f"{step.title}: ended with {code}; the same line again goes on from here")
         with seconds.open("a") as file:
             file.write(json.dumps({"step": step.title, "seconds": round(time.monotonic() - start, 1)}) + "\n")
-
-
-def _quoted(word: str) -> str:
-    return f"'{word}'" if set(word) & set(' {}[]"') else word
 
 
 def main() -> int:

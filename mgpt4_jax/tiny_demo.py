@@ -23,29 +23,21 @@ from pathlib import Path
 from typing import Any
 
 from mgpt4_jax import cli
-from mgpt4_jax.demo_page import Answer, Findings, Query, write_page
-from mgpt4_jax.demo_questions import choose_queries, choose_questions, judge, read_hits, steps_done
+from mgpt4_jax.demo import NEXT, heading, shown
 from mgpt4_jax.errors import UserError
+from mgpt4_jax.tiny_page import Answer, Findings, Query, write_page
+from mgpt4_jax.tiny_questions import choose_queries, choose_questions, judge, read_hits, steps_done
 from mgpt4_jax.tiny_report import MANIFEST, SHIPPED
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs" / "tiny"
-FILES = (*SHIPPED, "qformer_tokenizer/vocab.txt")
 MARK = ".made-by-make-show"  # a folder with it may be replaced
 SEED = 20_26  # of the pictures; whatever it is, no scene of their test part was learnt from
 WORLD = {"--texts": 200, "--pairs": 60, "--curated": 2000, "--test": 60, "--questions": 30}
 STEPS = 200
 DEVICES = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
 SHORT = ("--max-new-tokens", "8")
-NEXT = """
-With the published weights (README.md says which files they are), the commands are
-
-  mgpt4 convert --vit eva_vit_g.pth --qformer blip2_pretrained_flant5xxl.pth \\
-                --llm vicuna-7b --projection pretrained_minigpt4_7b.pth --out models/minigpt4-7b
-  mgpt4 verify models/minigpt4-7b --vit eva_vit_g.pth --qformer blip2_pretrained_flant5xxl.pth \\
-                --llm vicuna-7b --projection pretrained_minigpt4_7b.pth
-  mgpt4 chat models/minigpt4-7b --image cat.jpg
-
+OWN_PICTURE = """\
 The small model talks about your own picture too, of at most three coloured shapes on white or light grey:
 
   mgpt4 chat {model} --image my.png --temperature 0
@@ -77,7 +69,7 @@ def read_manifest(weights: Path) -> Mapping[str, Any]:
     Raises:
       UserError: a file is missing, or is not the one that the manifest names.
     """
-    for name in FILES:
+    for name in SHIPPED:
         if not (weights / name).is_file():
             raise UserError(f"{weights / name}: is missing; `make tiny ARGS='--ship DIR'` writes such a folder")
     path = weights / MANIFEST
@@ -155,7 +147,7 @@ class Demo:
         page = self.out / "page.html"
         write_page(page, found)
         print(f"It took {found.seconds:.0f} s. Look at {shown(page)}")
-        print(NEXT.format(model=shown(self.model)))
+        print(NEXT, OWN_PICTURE.format(model=shown(self.model)), sep="\n")
 
     # -- the steps ------------------------------------------------------------------------------
 
@@ -275,15 +267,6 @@ class Demo:
         if code != expected:
             raise UserError(f"the demo ends here: `mgpt4 {words[0]}` ended with {code}, not {expected}; see above")
         print(flush=True)
-
-
-def heading(text: str) -> None:
-    print(f"\n\033[1m{text}\033[0m\n" if sys.stdout.isatty() else f"\n== {text}\n", flush=True)
-
-
-def shown(path: Path) -> str:
-    """Relative to where one stands, if it lies below."""
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def options(values: Mapping[str, object]) -> list[object]:

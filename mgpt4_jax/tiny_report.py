@@ -26,8 +26,9 @@ SHIPPED = {
     "llm/model.safetensors": "llm/model.safetensors",
     "llm/tokenizer.model": "llm/tokenizer.model",
     "llm/tokenizer_config.json": "llm/tokenizer_config.json",
+    "qformer_tokenizer/vocab.txt": "../world/qformer_tokenizer/vocab.txt",
 }
-"""Name among the shipped files -> name among those that a run exported."""
+"""Name among the shipped files -> name from the folder ``files`` of a run."""
 MANIFEST = "manifest.json"
 
 
@@ -63,20 +64,16 @@ def unchanged_parts(out: Path) -> dict[str, int]:
         paths = list(read_manifest(model).dtypes)
         frozen = set(paths) - set(trainable_paths(paths, config["trainable"]))
         for path in frozen:
-            if _digest(model, path) != _digest(Path(config["model"]), path):
+            if read_leaf(model, path).tobytes() != read_leaf(config["model"], path).tobytes():
                 raise UserError(f"{model}: the frozen parameter {path} is not the one of {config['model']}")
         counts[stage] = len(frozen)
     return counts
 
 
-def _digest(model: Path, path: str) -> str:
-    return hashlib.sha256(np.ascontiguousarray(read_leaf(model, path)).tobytes()).hexdigest()
-
-
 def ship(out: Path, to: Path, *, seed: int, command: str) -> Path:
     """Copy the exported files of a run to ``to``, with a manifest of their hashes and of what they reach."""
     files = {}
-    for name, source in (*SHIPPED.items(), ("qformer_tokenizer/vocab.txt", "../world/qformer_tokenizer/vocab.txt")):
+    for name, source in SHIPPED.items():
         path = out / "files" / source
         if not path.is_file():
             raise UserError(f"{path}: is not there; run the recipe to its end first")

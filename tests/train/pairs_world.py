@@ -10,14 +10,13 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from mgpt4_jax.checkpoint import flatten, is_stacked, nest, new_directory, write_model
 from mgpt4_jax.config import ModelConfig, QformerConfig, VitConfig
-from mgpt4_jax.models import abstract_params, num_parameters
+from mgpt4_jax.initial import init_model
 
 CELL = 16  # pixels, and the patch of the tower
 SIZE = 3 * CELL
@@ -44,8 +43,6 @@ QFORMER = QformerConfig(
     max_positions=40,
     dropout=0.0,
 )
-CROSSED = {"query": 2.5, "key": 2.5, "value": 1.8, "out": 1.8}  # how much stronger cross-attention begins
-DEEP = 0.3  # how much weaker the tower's blocks begin: what comes out is what went in, and a little of its surroundings
 MODEL = ModelConfig("blip2", VIT, QFORMER, projection_size=64)
 
 
@@ -130,42 +127,7 @@ def write_world(folder: Path, *, train: int, held_out: int, seed: int = 0) -> tu
 
 def write_pairs_model(out: Path, seed: int = 0, config: ModelConfig = MODEL) -> Path:
     """A ``blip2`` model directory that begins random."""
-    with new_directory(out) as partial:
-        fields = {"config": config, "template": "none", "num_parameters": num_parameters(config)}
-        write_model(partial, initial_params(config, seed), fields)
-        (partial / "qformer_tokenizer").mkdir()
-        (partial / "qformer_tokenizer" / "vocab.txt").write_text("".join(f"{piece}\n" for piece in PIECES))
-    return out
-
-
-def initial_params(config: ModelConfig, seed: int) -> Any:
-    """Kernels that keep the scale of what goes through: BERT's 0.02 fits a width of 768, and is too small for 96."""
-    rng = np.random.default_rng(seed)
-
-    def draw(path: str, shape: tuple[int, ...]) -> np.ndarray:
-        name = path.split("/")[-1]
-        if path == "temp":
-            return np.float32(0.07) * np.ones(shape, np.float32)
-        if name == "scale":
-            return np.ones(shape, np.float32)
-        if name in ("bias", "q_bias", "v_bias"):
-            return np.zeros(shape, np.float32)
-        return rng.normal(size=shape).astype(np.float32) * np.float32(spread(path, shape))
-
-    return nest({path: draw(path, leaf.shape) for path, leaf in flatten(abstract_params(config)).items()})
-
-
-def spread(path: str, shape: tuple[int, ...]) -> float:
-    """One over the root of how many numbers are summed. Places count as much as what is seen there.
-
-    Cross-attention begins stronger, so that the queries tell pictures apart from the first step on.
-    """
-    *_, part, name = path.split("/")
-    if path == "vit/pos_embed":
-        return 1.0
-    if name != "kernel":
-        return shape[-1] ** -0.5
-    shape = shape[1:] if is_stacked(path) else shape
-    inputs = shape[0] * shape[1] if part == "out" else shape[0]
-    scale = CROSSED[part] if "/cross_attn/" in path else 1.0
-    return (DEEP if "/blocks/" in path and part in ("out", "fc2") else scale) * inputs**-0.5
+    words = out.with_name(f"{out.name}_words")
+    words.mkdir()
+    (words / "vocab.txt").write_text("".join(f"{piece}\n" for piece in PIECES))
+    return init_model(config, out, seed=seed, qformer_tokenizer=words)

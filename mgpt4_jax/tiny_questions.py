@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mgpt4_jax.demo_page import Answer, Query
+from mgpt4_jax.data.shapes_words import DESCRIBE
 from mgpt4_jax.evaluate.answers import exact_match
+from mgpt4_jax.tiny_page import Answer, Query
+from mgpt4_jax.train.run_log import read_log
 
-DESCRIBE = "describe the picture in detail."
 OF_EACH_KIND = 2
 Entry = Mapping[str, Any]
 """One of ``questions.json`` or ``captions.json``, as ``data/shapes_files.py`` writes them."""
@@ -26,7 +26,7 @@ def choose_questions(questions: Sequence[Entry], captions: Sequence[Entry]) -> l
         chosen += [own[(place + step) % len(own)] for step in range(OF_EACH_KIND)]
         place += OF_EACH_KIND
     pictures = [captions[(place + step) % len(captions)] for step in range(OF_EACH_KIND)]
-    return chosen + [{"image": one["image"], "question": DESCRIBE, "names": one["names"]} for one in pictures]
+    return chosen + [{"image": one["image"], "question": DESCRIBE[0], "names": one["names"]} for one in pictures]
 
 
 def judge(folder: Path, question: Entry, text: str) -> Answer:
@@ -66,5 +66,4 @@ def steps_done(log: Path) -> int:
     """How far the ``log.jsonl`` of a run goes; 0 before it is there."""
     if not log.is_file():
         return 0
-    whole = log.read_text().rpartition("\n")[0].splitlines()
-    return max((json.loads(line)["step"] for line in whole), default=0)
+    return max((record["step"] for record in read_log(log)), default=0)

@@ -17,9 +17,9 @@ from PIL import Image
 from mgpt4_jax import tiny_demo as demo
 from mgpt4_jax.data import shapes_words
 from mgpt4_jax.data.shapes_files import Sizes, write_world
-from mgpt4_jax.demo_page import Answer, Findings, Query, flatten, pivot, render_page, write_page
-from mgpt4_jax.demo_questions import DESCRIBE, choose_queries, choose_questions, judge, read_hits, steps_done
 from mgpt4_jax.errors import UserError
+from mgpt4_jax.tiny_page import Answer, Findings, Query, flatten, pivot, render_page, write_page
+from mgpt4_jax.tiny_questions import DESCRIBE, choose_queries, choose_questions, judge, read_hits, steps_done
 
 HOSTILE = '<script>alert(1)</script><img src=https://example.org/x.png> "&'
 
@@ -137,7 +137,7 @@ def test_two_questions_of_each_kind_about_different_pictures(world: Path) -> Non
     assert kinds == [kind for kind in shapes_words.KINDS for _ in range(2)]
     assert len({one["image"] for one in chosen}) == len(chosen) == 16
     assert all((world / "images" / one["image"]).is_file() for one in chosen)
-    assert [one["question"] for one in chosen[-2:]] == [DESCRIBE] * 2
+    assert [one["question"] for one in chosen[-2:]] == [DESCRIBE[0]] * 2
 
 
 def test_answers_are_compared_and_descriptions_must_name_all(world: Path) -> None:
@@ -148,7 +148,7 @@ def test_answers_are_compared_and_descriptions_must_name_all(world: Path) -> Non
         False,
         False,
     ]
-    described = {"image": "00001.png", "question": DESCRIBE, "names": ["big red star", "small blue cross"]}
+    described = {"image": "00001.png", "question": DESCRIBE[0], "names": ["big red star", "small blue cross"]}
     right = judge(world, described, "a small blue cross and the big red star.")
     assert right.is_right and right.image == world / "images" / "00001.png"
     assert not judge(world, described, "a small blue star and the big red star.").is_right
@@ -188,7 +188,7 @@ def test_missing_weights_are_one_clear_line(tmp_path: Path, capsys: pytest.Captu
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
     folder = tmp_path / "tiny"
-    for name in demo.FILES:
+    for name in demo.SHIPPED:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
     return folder
@@ -196,7 +196,7 @@ def weights(tmp_path: Path) -> Path:
 
 def test_weights_must_be_those_of_their_manifest(weights: Path) -> None:
     assert demo.read_manifest(weights) == {}
-    files = {name: {"sha256": hashlib.sha256(name.encode()).hexdigest()} for name in demo.FILES}
+    files = {name: {"sha256": hashlib.sha256(name.encode()).hexdigest()} for name in demo.SHIPPED}
     manifest = {"files": files, "figures": {"test/r1": 9.0}}
     (weights / "manifest.json").write_text(json.dumps(manifest))
     assert demo.read_manifest(weights) == manifest
