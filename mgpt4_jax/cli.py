@@ -13,7 +13,6 @@ import sys
 import traceback
 from pathlib import Path
 
-import yaml
 from jsonargparse import ArgumentParser
 
 from mgpt4_jax.commands import (
@@ -23,6 +22,7 @@ from mgpt4_jax.commands import (
     answering,
     datasets,
     evaluating,
+    read_yaml,
     searching,
     training,
     weights,
@@ -68,16 +68,7 @@ def check_config_files(argv: list[str]) -> None:
         path = Path(word).expanduser()
         if not path.is_file():
             continue  # the parser says so
-        try:
-            values = yaml.safe_load(path.read_bytes())
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            where = "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1}"
-            reason = getattr(error, "problem", None) or " ".join(str(error).split())[:80]
-            raise UserError(f"{path}{where}: is not valid YAML ({reason}); see configs/ for files that are") from error
-        if not isinstance(values, dict):
+        if not isinstance(read_yaml(path), dict):
             raise UserError(f"{path}: holds no settings such as `batch_size: 8`; see configs/ for files that do")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from mgpt4_jax.commands import Commands, console
+from mgpt4_jax.commands import Commands, console, read_yaml
 from mgpt4_jax.errors import UserError
 from mgpt4_jax.progress import progress
 
@@ -71,14 +71,9 @@ def _convert(arguments: Namespace) -> int:
 
 def read_overrides(path: Path | None) -> dict[str, Any]:
     """The mapping in a YAML file such as ``configs/tiny_overrides.yaml``; {} without a file."""
-    import yaml
-
     if path is None:
         return {}
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read as YAML ({str(error).splitlines()[0]})") from error
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise UserError(f"{path}: must map parts to fields, for example 'vit: {{num_heads: 4}}'")
     return values
