@@ -65,7 +65,7 @@ def recipe(out: Path, seed: int) -> Iterator[Step]:
     yield train("talk", out / "llm" / "model", "statements.jsonl", "talks.jsonl", weights=(1, 3))
     yield export(out / "talk" / "model", "hf", files / "llm")
     yield begin("blip2", "--qformer-tokenizer", str(world / "qformer_tokenizer"))
-    yield train("vision", models / "blip2", "pairs.jsonl")
+    yield train("vision", models / "blip2", "singles.jsonl")
     yield train("stage1", out / "vision" / "model", "pairs.jsonl")
     yield export(out / "stage1" / "model", "lavis", files / "stage1")
     yield join("stage2", files / "stage1" / "blip2_pretrained.pth", 0)
@@ -109,13 +109,13 @@ def evaluations(out: Path) -> Iterator[Step]:
 
 
 def run(steps: Iterator[Step], seconds: Path) -> None:
-    """Run what did not come to its end yet, which ``seconds`` tells: how long each took.
+    """Run what did not come to its end yet; ``seconds`` gets how long each took.
 
-    A result alone does not tell it: a training that was stopped leaves a model too.
+    A result that is there is whole; only of a training it does not tell the end: one that was stopped leaves a model.
     """
     done = {json.loads(line)["step"] for line in seconds.read_text().splitlines()} if seconds.exists() else set()
     for step in steps:
-        if step.title in done and step.result.exists():
+        if step.result.exists() and (step.title in done or step.words[0] != "train"):
             continue
         print(f"\n== {step.title}\n$ mgpt4 {shlex.join(step.words)}", flush=True)
         start = time.monotonic()

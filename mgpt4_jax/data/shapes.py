@@ -22,15 +22,17 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "cross", "star")
 SIZES = ("small", "big")
-PLACES = ("top left", "top right", "bottom left", "bottom right")
+PLACES = ("northwest", "northeast", "southwest", "southeast")
+MOST = 3  # things in a scene
 HELD_OUT = frozenset(
     [("red", "star"), ("green", "cross"), ("blue", "triangle"), ("yellow", "square"), ("purple", "circle")]
 )
 """Pairs that no picture to learn from shows, one of each colour and of each shape."""
 
-IMAGE_SIZE = 48
+IMAGE_SIZE = 64
 _CELL = IMAGE_SIZE // 2
-_SIDES = {"small": (9, 11), "big": (17, 20)}  # pixels, both ends included
+_SIDES = {"small": (14, 16), "big": (24, 26)}  # pixels, both ends included
+_OFF_CENTRE = 1  # pixels that a thing may lie off the middle of its cell, in each direction
 _SUPERSAMPLING = 4  # edges are drawn finer and reduced, as a photograph has them
 _BACKGROUNDS = (225, 255)  # from this grey to this one
 
@@ -49,7 +51,7 @@ class Thing(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{self.size} {self.colour} {self.shape}"
+        return f"{self.colour} {self.shape}, {self.size}"
 
 
 Scene = tuple[Thing, ...]
@@ -64,10 +66,10 @@ def part_of(scene: Scene) -> Part:
     return "train" if digits % _TEST_SHARE else "test"
 
 
-def draw_scene(rng: np.random.Generator, part: Part = "train") -> Scene:
-    """One to three things, of a part of the world."""
+def draw_scene(rng: np.random.Generator, part: Part = "train", most: int = MOST) -> Scene:
+    """One to ``most`` things, of a part of the world."""
     while True:
-        count = int(rng.integers(1, 4))
+        count = int(rng.integers(1, most + 1))
         places = sorted(rng.choice(len(PLACES), size=count, replace=False))
         colours = rng.choice(list(COLOURS), size=count, replace=False)
         shapes = rng.choice(SHAPES, size=count, replace=False)
@@ -88,7 +90,7 @@ def different_scenes(count: int, rng: np.random.Generator, part: Part) -> list[S
 
 
 def draw_picture(scene: Scene, rng: np.random.Generator) -> Image.Image:
-    """RGB ``[48 48]``: a thing lies anywhere in its cell, is a little larger or smaller, and lighter or darker."""
+    """RGB ``[64 64]``: a thing lies near the middle of its cell, a little larger or smaller, lighter or darker."""
     scale = _SUPERSAMPLING
     grey = int(rng.integers(_BACKGROUNDS[0], _BACKGROUNDS[1] + 1))
     image = Image.new("RGB", (IMAGE_SIZE * scale, IMAGE_SIZE * scale), (grey, grey, grey))
@@ -97,8 +99,9 @@ def draw_picture(scene: Scene, rng: np.random.Generator) -> Image.Image:
         row, column = divmod(PLACES.index(thing.place), 2)
         low, high = _SIDES[thing.size]
         side = int(rng.integers(low, high + 1))
-        left = column * _CELL + int(rng.integers(1, _CELL - side))
-        top = row * _CELL + int(rng.integers(1, _CELL - side))
+        across, down = (int(rng.integers(-_OFF_CENTRE, _OFF_CENTRE + 1)) for _ in range(2))
+        left = column * _CELL + (_CELL - side) // 2 + across
+        top = row * _CELL + (_CELL - side) // 2 + down
         light = int(rng.integers(-18, 19))
         red, green, blue = (min(max(part + light, 0), 255) for part in COLOURS[thing.colour])
         box = (left * scale, top * scale, (left + side) * scale, (top + side) * scale)

@@ -2,6 +2,7 @@
 
     tokenizer/, qformer_tokenizer/   SentencePiece as LLaMA's, word pieces as BERT's
     statements.jsonl, talks.jsonl    texts for the language model
+    singles.jsonl, singles/          pictures of one thing with a caption: the vision tower begins with them
     pairs.jsonl, pairs/              pictures with a caption: the Q-Former's and the projection's
     curated.jsonl, curated/          pictures with an instruction and its answer: fine-tuning
     test/, unseen/                   pictures never seen, of seen pairs of attributes and of unseen ones:
@@ -17,6 +18,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +29,7 @@ import sentencepiece
 from PIL import Image
 
 from mgpt4_jax.data import shapes_words as words
-from mgpt4_jax.data.shapes import Part, Scene, different_scenes, draw_picture, draw_scene
+from mgpt4_jax.data.shapes import MOST, Part, Scene, different_scenes, draw_picture, draw_scene
 from mgpt4_jax.errors import UserError
 
 VOCABULARY = 512
@@ -35,7 +37,7 @@ AMONG = 100
 """Pairs of a file for retrieval: a picture is looked for among so many."""
 _MARKS = ("<Img>", "</Img>", "###")
 _WORDS = re.compile(r"[a-z]+|[^a-z\s]")
-_PARTS = ("texts", "pairs", "curated", "test", "unseen")
+_PARTS = ("texts", "pairs", "curated", "test", "unseen", "singles")
 _TESTS: tuple[Part, ...] = ("test", "unseen")
 _TEXTS = {"statements": words.statement, "talks": words.talk}
 _PIECES = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -47,13 +49,15 @@ class Sizes:
 
     Args:
       texts: of each kind for the language model.
-      pairs: pictures with a caption.
+      singles: pictures of one thing with a caption.
+      pairs: pictures of one to three things with a caption.
       curated: pictures with an instruction and its answer.
       test: scenes to measure on, and as many again of unseen pairs of attributes.
       questions: of each kind, asked about the scenes to measure on.
     """
 
     texts: int = 60_000
+    singles: int = 6_000
     pairs: int = 12_000
     curated: int = 6_000
     test: int = 500
@@ -95,19 +99,30 @@ def train_word_pieces(path: Path, texts: Iterable[str]) -> None:
 def write_world(
     out: Path, *, seed: int = 0, sizes: Sizes = Sizes(), report: Callable[[int, int], None] | None = None
 ) -> None:
-    """Write everything below ``out``, a new folder; see the head of this file."""
+    """Write everything below ``out``, a new folder, there only when all of it is; see the head of this file."""
+    if out.exists():
+        raise UserError(f"{out}: exists already; choose another name")
+    partial = out.with_name(f"{out.name}.partial")
     try:
-        out.mkdir(parents=True)
+        if partial.exists():  # of one that was stopped
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
     except OSError as error:
-        reason = "exists already" if isinstance(error, FileExistsError) else error.strerror
-        raise UserError(f"{out}: {reason}; choose another name") from error
+        raise UserError(f"{partial}: {error.strerror}; choose another name") from error
+    _write_parts(partial, seed, sizes, report)
+    partial.rename(out)
+
+
+def _write_parts(out: Path, seed: int, sizes: Sizes, report: Callable[[int, int], None] | None) -> None:
     # Numbers of their own for each part: more of one changes none of the others.
     draws = {name: np.random.default_rng((seed, number)) for number, name in enumerate(_PARTS)}
     _write_texts(out, sizes.texts, draws["texts"])
-    paint = _Painter(out, sizes.pairs + sizes.curated + 2 * sizes.test, report)
-    rng = draws["pairs"]
-    pairs = paint("pairs", (draw_scene(rng) for _ in range(sizes.pairs)), rng)
-    _write_lines(out / "pairs.jsonl", ({"image": path, "caption": words.caption(scene, rng)} for path, scene in pairs))
+    paint = _Painter(out, sizes.singles + sizes.pairs + sizes.curated + 2 * sizes.test, report)
+    for name, count, most in (("singles", sizes.singles, 1), ("pairs", sizes.pairs, MOST)):
+        rng = draws[name]
+        painted = paint(name, (draw_scene(rng, most=most) for _ in range(count)), rng)
+        lines = ({"image": path, "caption": words.caption(scene, rng)} for path, scene in painted)
+        _write_lines(out / f"{name}.jsonl", lines)
     rng = draws["curated"]
     curated = paint("curated", (draw_scene(rng) for _ in range(sizes.curated)), rng)
     _write_lines(out / "curated.jsonl", (_curated(path, scene, rng) for path, scene in curated))

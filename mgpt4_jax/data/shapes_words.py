@@ -22,7 +22,7 @@ DESCRIBE = (
     "what do you see in the picture?",
     "please tell me what is in this picture.",
 )
-TURNS = 8  # questions of a text to learn from
+TURNS = 6  # questions of a text to learn from
 
 
 class Question(NamedTuple):
@@ -42,12 +42,10 @@ def pick(rng: np.random.Generator, options: Sequence[str]) -> str:
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
     """All that there is to say, in one sentence; the things in any order."""
-    before = pick(rng, ("at the", "in the", ""))
-    parts = [f"a {thing.name} {before} {thing.place}".replace("  ", " ") for thing in _shuffled(scene, rng)]
+    before = pick(rng, (" in the", ""))
+    parts = [f"a {thing.name},{before} {thing.place}" for thing in _shuffled(scene, rng)]
     start = pick(rng, ("", "", "a picture of ", "there is ", "this picture shows "))
-    if len(parts) == 1:
-        return start + parts[0]
-    return f"{start}{', '.join(parts[:-1])}{pick(rng, (' and ', ', '))}{parts[-1]}"
+    return start + pick(rng, (" and ", "; ")).join(parts)
 
 
 def description(scene: Scene, rng: np.random.Generator) -> str:
@@ -55,16 +53,18 @@ def description(scene: Scene, rng: np.random.Generator) -> str:
     noun = "thing" if len(scene) == 1 else "things"
     verb = "is" if len(scene) == 1 else "are"
     count = f"there {verb} {NUMBERS[len(scene)]} {noun} in the picture."
-    return " ".join([count, *(f"the {thing.name} is at the {thing.place}." for thing in _shuffled(scene, rng))])
+    return " ".join([count, *(f"a {thing.name}, in the {thing.place}." for thing in _shuffled(scene, rng))])
 
 
 def scene_in_words(scene: Scene, rng: np.random.Generator) -> str:
     """What a text says in the place of the picture."""
-    return caption(scene, rng) if rng.random() < 0.4 else in_few_words(scene, rng)
+    return caption(scene, rng) if rng.random() < 0.2 else in_few_words(scene, rng)
 
 
 def in_few_words(scene: Scene, rng: np.random.Generator) -> str:
-    return ", ".join(f"{thing.name} {thing.place}" for thing in _shuffled(scene, rng))
+    """Each attribute beside the shape: to look one up is to find the one and read the other."""
+    said = (f"{t.shape} {t.colour} {t.shape} {t.size} {t.shape} {t.place}" for t in _shuffled(scene, rng))
+    return ", ".join(said)
 
 
 def _shuffled(scene: Scene, rng: np.random.Generator) -> list[Thing]:
@@ -122,7 +122,7 @@ def _check(scene: Scene, rng: np.random.Generator) -> Question:
     true, options, form = [
         (thing.colour, list(COLOURS), "is the {} {}?"),
         (thing.size, list(SIZES), "is the {} {}?"),
-        (thing.place, list(PLACES), "is the {} at the {}?"),
+        (thing.place, list(PLACES), "is the {} in the {}?"),
     ][int(rng.integers(3))]
     said, answer = true, "yes"
     if rng.random() < 0.5:
@@ -154,14 +154,10 @@ def ask(scene: Scene, rng: np.random.Generator, kind: str | None = None) -> Ques
 # --- texts --------------------------------------------------------------------------------------------------
 
 
-def facts(scene: Scene, rng: np.random.Generator, count: int) -> str:
-    """Short sentences, each of one thing and one of its attributes."""
-    said = []
-    for _ in range(count):
-        thing = scene[int(rng.integers(len(scene)))]
-        options = (thing.colour, thing.size, f"at the {thing.place}")
-        said.append(f"the {thing.shape} is {pick(rng, options)}.")
-    return " ".join(said)
+def short_talk(scene: Scene, rng: np.random.Generator, count: int) -> str:
+    """Questions and answers without any template."""
+    asked = [ask(scene, rng) for _ in range(count)]
+    return " ".join(f"{question.text} {question.answer}." for question in asked)
 
 
 def statement(scene: Scene, rng: np.random.Generator) -> str:
@@ -172,11 +168,11 @@ def statement(scene: Scene, rng: np.random.Generator) -> str:
     and where to look for it.
     """
     kind = rng.random()
-    if kind < 0.25:
-        return "\n".join(in_few_words(scene, rng) for _ in range(3))
-    if kind < 0.6:
-        return f"{scene_in_words(scene, rng)}\n{facts(scene, rng, 6)}"
-    if kind < 0.8:
+    if kind < 0.2:
+        return "\n".join(in_few_words(scene, rng) for _ in range(2))
+    if kind < 0.7:
+        return f"{scene_in_words(scene, rng)}\n{short_talk(scene, rng, 5)}"
+    if kind < 0.85:
         return f"{scene_in_words(scene, rng)} {caption(scene, rng)}\n"
     return _talk_in_training(scene, rng, [ask(scene, rng, "describe")])
 

@@ -14,8 +14,8 @@ from mgpt4_jax.data import shapes_words as words
 from mgpt4_jax.data.shapes import COLOURS, HELD_OUT, SHAPES, Thing, different_scenes, draw_picture, draw_scene, part_of
 from mgpt4_jax.data.text import load_bert_tokenizer, load_llama_tokenizer
 
-SIZES = ["--texts", "40", "--pairs", "6", "--curated", "6", "--test", "5", "--questions", "6"]
-SCENE = (Thing("small", "red", "circle", "top left"), Thing("big", "blue", "cross", "bottom right"))
+SIZES = ["--texts", "40", "--singles", "4", "--pairs", "6", "--curated", "6", "--test", "5", "--questions", "6"]
+SCENE = (Thing("small", "red", "circle", "northwest"), Thing("big", "blue", "cross", "southeast"))
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +52,8 @@ def test_a_picture_shows_the_colour_in_its_cell() -> None:
         pixels = np.asarray(draw_picture(SCENE, np.random.default_rng(seed))).astype(int)
         red = (pixels[..., 0] - pixels[..., 2]) > 100
         blue = (pixels[..., 2] - pixels[..., 0]) > 100
-        assert red[:24, :24].any() and not red[24:].any() and not red[:, 24:].any()
-        assert blue[24:, 24:].any() and not blue[:24].any() and not blue[:, :24].any()
+        assert red[:32, :32].any() and not red[32:].any() and not red[:, 32:].any()
+        assert blue[32:, 32:].any() and not blue[:32].any() and not blue[:, :32].any()
         assert blue.sum() > red.sum()  # a big cross beside a small circle
 
 
@@ -80,7 +80,7 @@ def test_answers_are_true(kind: str) -> None:
             assert question.answer == ("yes" if there else "no")
         elif kind == "check":
             [thing] = [t for t in scene if t.shape in asked]
-            said = question.text.split(f"{thing.shape} ")[1].removesuffix("?").removeprefix("at the ")
+            said = question.text.split(f"{thing.shape} ")[1].removesuffix("?").removeprefix("in the ")
             holds = said in (thing.size, thing.colour, thing.place)
             assert question.answer == ("yes" if holds else "no")
         else:
@@ -94,8 +94,11 @@ def test_captions_and_descriptions_name_everything() -> None:
     rng = np.random.default_rng(3)
     for _ in range(50):
         scene = draw_scene(rng)
-        for text in (words.caption(scene, rng), words.description(scene, rng), words.scene_in_words(scene, rng)):
+        for text in (words.caption(scene, rng), words.description(scene, rng)):
             assert all(thing.name in text and thing.place in text for thing in scene)
+        for told in words.in_few_words(scene, rng).split(", "):
+            [thing] = [thing for thing in scene if thing.shape in told]
+            assert set(told.split()) == {thing.shape, thing.colour, thing.size, thing.place}
 
 
 def test_no_text_names_a_held_out_pair() -> None:
@@ -107,6 +110,8 @@ def test_no_text_names_a_held_out_pair() -> None:
 def test_the_files_of_a_world(world: Path) -> None:
     lines = [json.loads(line) for line in (world / "pairs.jsonl").read_text().splitlines()]
     assert len(lines) == 6 and all((world / line["image"]).is_file() for line in lines)
+    singles = [json.loads(line) for line in (world / "singles.jsonl").read_text().splitlines()]
+    assert len(singles) == 4 and not any(" and " in line["caption"] or ";" in line["caption"] for line in singles)
     curated = [json.loads(line) for line in (world / "curated.jsonl").read_text().splitlines()]
     assert all(line.keys() == {"image", "instruction", "answer"} for line in curated)
     for part in ("test", "unseen"):
@@ -146,3 +151,9 @@ def test_more_of_one_part_changes_no_other(world: Path, tmp_path: Path) -> None:
 def test_a_world_is_never_written_over(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "shapes", "--out", str(world), *SIZES]) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+def test_a_world_that_was_stopped_half_way_is_begun_again(tmp_path: Path) -> None:
+    (tmp_path / "world.partial" / "pairs").mkdir(parents=True)
+    assert main(["data", "shapes", "--out", str(tmp_path / "world"), *SIZES]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["world"]
