@@ -63,21 +63,23 @@ def recipe(out: Path, seed: int) -> Iterator[Step]:
     yield begin("llm", "--tokenizer", str(world / "tokenizer"), "--template", TEMPLATE)
     yield train("llm", models / "llm", "statements.jsonl")
     yield train("talk", out / "llm" / "model", "statements.jsonl", "talks.jsonl", weights=(1, 3))
-    yield export(out / "talk" / "model", "hf", files / "llm")
+    texts = ("told_facts.jsonl", "chats.jsonl", "statements.jsonl", "talks.jsonl")
+    yield train("chat", out / "talk" / "model", *texts, weights=(2, 2, 1, 1))
+    yield export(out / "chat" / "model", "hf", files / "llm")
     yield begin("blip2", "--qformer-tokenizer", str(world / "qformer_tokenizer"))
     yield train("vision", models / "blip2", "singles.jsonl")
     yield train("stage1", out / "vision" / "model", "pairs.jsonl")
     yield export(out / "stage1" / "model", "lavis", files / "stage1")
     yield join("stage2", files / "stage1" / "blip2_pretrained.pth", 0)
-    yield train("stage2", models / "stage2", "pairs.jsonl")
+    yield train("stage2", models / "stage2", "pairs.jsonl", "facts.jsonl")
     yield export(out / "stage2" / "model", "lavis", files / "stage2")
     yield join("align", files / "stage2" / "blip2_pretrained.pth", 1)  # not the projection that it grew up with
-    yield train("align", models / "align", "pairs.jsonl")
+    yield train("align", models / "align", "pairs.jsonl", "facts.jsonl")
     yield train("finetune", out / "align" / "model", "curated.jsonl")
     yield export(out / "finetune" / "model", "minigpt4", files / "pretrained_minigpt4.pth")
     # What one projection reaches alone, without BLIP-2's stage 2 before it:
     yield join("alone", files / "stage1" / "blip2_pretrained.pth", 1)
-    yield train("align-alone", models / "alone", "pairs.jsonl")
+    yield train("align-alone", models / "alone", "pairs.jsonl", "facts.jsonl")
 
 
 def evaluations(out: Path) -> Iterator[Step]:
@@ -105,7 +107,7 @@ def evaluations(out: Path) -> Iterator[Step]:
     yield from answers("test", "finetune", "blind")
     told = world / "test" / "questions_in_words.json"
     words = ("--prompt", "{}", "--template", "none", "--stop", "###")
-    yield measure("test-in-words-questions", out / "talk" / "model", "vqa", told, *words)
+    yield measure("test-in-words-questions", out / "chat" / "model", "vqa", told, *words)
 
 
 def run(steps: Iterator[Step], seconds: Path) -> None:

@@ -16,7 +16,7 @@ from mgpt4_jax.checkpoint import read_leaf, read_manifest
 from mgpt4_jax.errors import UserError
 from mgpt4_jax.train.state import trainable_paths
 
-STAGES = ("llm", "talk", "vision", "stage1", "stage2", "align", "finetune", "align-alone")
+STAGES = ("llm", "talk", "chat", "vision", "stage1", "stage2", "align", "finetune", "align-alone")
 SHIPPED = {
     "eva_vit_g.pth": "stage1/eva_vit_g.pth",
     "blip2_pretrained.pth": "stage1/blip2_pretrained.pth",

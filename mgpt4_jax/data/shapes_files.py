@@ -1,9 +1,11 @@
 """The small world as files: what `mgpt4 data shapes` writes, in the formats that data sets and tokenisers have.
 
     tokenizer/, qformer_tokenizer/   SentencePiece as LLaMA's, word pieces as BERT's
-    statements.jsonl, talks.jsonl    texts for the language model
+    statements.jsonl, talks.jsonl,
+    told_facts.jsonl, chats.jsonl    texts for the language model
     singles.jsonl, singles/          pictures of one thing with a caption: the vision tower begins with them
     pairs.jsonl, pairs/              pictures with a caption: the Q-Former's and the projection's
+    facts.jsonl                      the same pictures with a caption of single facts
     curated.jsonl, curated/          pictures with an instruction and its answer: fine-tuning
     test/, unseen/                   pictures never seen, of seen pairs of attributes and of unseen ones:
                                      captions.json and pairs_N.json (lists as LAVIS's), questions.json (as VQAv2's);
@@ -37,9 +39,10 @@ AMONG = 100
 """Pairs of a file for retrieval: a picture is looked for among so many."""
 _MARKS = ("<Img>", "</Img>", "###")
 _WORDS = re.compile(r"[a-z]+|[^a-z\s]")
-_PARTS = ("texts", "pairs", "curated", "test", "unseen", "singles")
+_PARTS = ("texts", "pairs", "curated", "test", "unseen", "singles", "facts")
 _TESTS: tuple[Part, ...] = ("test", "unseen")
-_TEXTS = {"statements": words.statement, "talks": words.talk}
+_TEXTS = {"statements": words.statement, "talks": words.talk, "told_facts": words.told_facts, "chats": words.chat}
+Write = Callable[[Scene, np.random.Generator], str]
 _PIECES = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -120,9 +123,9 @@ def _write_parts(out: Path, seed: int, sizes: Sizes, report: Callable[[int, int]
     paint = _Painter(out, sizes.singles + sizes.pairs + sizes.curated + 2 * sizes.test, report)
     for name, count, most in (("singles", sizes.singles, 1), ("pairs", sizes.pairs, MOST)):
         rng = draws[name]
-        painted = paint(name, (draw_scene(rng, most=most) for _ in range(count)), rng)
-        lines = ({"image": path, "caption": words.caption(scene, rng)} for path, scene in painted)
-        _write_lines(out / f"{name}.jsonl", lines)
+        scenes = (draw_scene(rng, most=most) for _ in range(count))
+        painted = _write_captions(out / f"{name}.jsonl", paint(name, scenes, rng), words.caption, rng)
+    _write_captions(out / "facts.jsonl", painted, words.facts, draws["facts"])
     rng = draws["curated"]
     curated = paint("curated", (draw_scene(rng) for _ in range(sizes.curated)), rng)
     _write_lines(out / "curated.jsonl", (_curated(path, scene, rng) for path, scene in curated))
@@ -137,11 +140,23 @@ def _write_parts(out: Path, seed: int, sizes: Sizes, report: Callable[[int, int]
 def _write_texts(out: Path, count: int, rng: np.random.Generator) -> None:
     """What the language model reads, and the tokenisers, which are made of a part of it."""
     texts = {kind: [write(draw_scene(rng), rng) for _ in range(count)] for kind, write in _TEXTS.items()}
-    some = [text for kind in texts.values() for text in kind[:2500]]
+    some = [*texts["statements"][:2500], *texts["talks"][:2500]]  # with every word that there is
     train_tokenizer(out / "tokenizer", some)
     train_word_pieces(out / "qformer_tokenizer" / "vocab.txt", some)
     for kind, written in texts.items():
         _write_lines(out / f"{kind}.jsonl", ({"image": None, "caption": text} for text in written))
+
+
+def _write_captions(
+    path: Path, painted: Iterable[tuple[str, Scene]], write: Write, rng: np.random.Generator
+) -> list[tuple[str, Scene]]:
+    """A line a picture; gives ``painted``, of which each is drawn and written before the next."""
+    kept = []
+    with path.open("w") as file:
+        for name, scene in painted:
+            file.write(json.dumps({"image": name, "caption": write(scene, rng)}) + "\n")
+            kept.append((name, scene))
+    return kept
 
 
 class _Painter:

@@ -23,6 +23,8 @@ DESCRIBE = (
     "please tell me what is in this picture.",
 )
 TURNS = 6  # questions of a text to learn from
+TURNS_IN_CHAT = 4  # whose template begins with a long sentence
+FACTS = 3  # of a caption in facts
 
 
 class Question(NamedTuple):
@@ -182,6 +184,42 @@ def talk(scene: Scene, rng: np.random.Generator) -> str:
     asked = [ask(scene, rng) for _ in range(TURNS)]
     if rng.random() < 0.75:
         return _talk_in_training(scene, rng, asked)
+    return _talk_in_chat(scene, rng, asked)
+
+
+def chat(scene: Scene, rng: np.random.Generator) -> str:
+    """A chat, one in four about one long description, and as many others of short questions."""
+    if rng.random() < 0.25:
+        return _talk_in_chat(scene, rng, [ask(scene, rng, "describe")])
+    return _talk_in_chat(scene, rng, [ask(scene, rng) for _ in range(TURNS_IN_CHAT)])
+
+
+def told_facts(scene: Scene, rng: np.random.Generator) -> str:
+    """The scene in words where a picture will be, and facts of it, as the rows of captions have them."""
+    return f"{scene_in_words(scene, rng)} {facts(scene, rng)}\n"
+
+
+def facts(scene: Scene, rng: np.random.Generator) -> str:
+    """A caption in single facts: each looks up one thing by one attribute, as the questions will, but asks nothing."""
+    return " ".join(_fact(scene, rng) for _ in range(FACTS))
+
+
+def _fact(scene: Scene, rng: np.random.Generator) -> str:
+    thing = scene[int(rng.integers(len(scene)))]
+    be, noun = ("is", "thing") if len(scene) == 1 else ("are", "things")
+    return pick(
+        rng,
+        (
+            f"the colour of the {thing.shape} is {thing.colour}.",
+            f"the shape of the {thing.colour} thing is {thing.shape}.",
+            f"the {thing.shape} is a {thing.size} thing.",
+            f"the {thing.shape} is in the {thing.place}.",
+            f"there {be} {NUMBERS[len(scene)]} {noun}.",
+        ),
+    )
+
+
+def _talk_in_chat(scene: Scene, rng: np.random.Generator, asked: Sequence[Question]) -> str:
     messages: list[Message] = []
     for turn, question in enumerate(asked):
         messages.append(("user", question.text if turn else f"{MARKED_IMAGE} {question.text}"))

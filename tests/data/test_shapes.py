@@ -11,6 +11,7 @@ import pytest
 
 from mgpt4_jax.cli import main
 from mgpt4_jax.data import shapes_words as words
+from mgpt4_jax.data.prompts import VICUNA_V0
 from mgpt4_jax.data.shapes import COLOURS, HELD_OUT, SHAPES, Thing, different_scenes, draw_picture, draw_scene, part_of
 from mgpt4_jax.data.text import load_bert_tokenizer, load_llama_tokenizer
 
@@ -101,15 +102,39 @@ def test_captions_and_descriptions_name_everything() -> None:
             assert set(told.split()) == {thing.shape, thing.colour, thing.size, thing.place}
 
 
+def test_facts_are_true() -> None:
+    """Each is found among all that could be said of a thing, or is the count."""
+    rng = np.random.default_rng(6)
+    for _ in range(100):
+        scene = draw_scene(rng)
+        true = {f"there are {words.NUMBERS[len(scene)]} things" if len(scene) > 1 else "there is one thing"}
+        for thing in scene:
+            true |= {f"the colour of the {thing.shape} is {thing.colour}", f"the {thing.shape} is a {thing.size} thing"}
+            true |= {f"the shape of the {thing.colour} thing is {thing.shape}"}
+            true |= {f"the {thing.shape} is in the {thing.place}"}
+        said = words.facts(scene, rng).removesuffix(".").split(". ")
+        assert len(said) == words.FACTS and set(said) <= true
+
+
+def test_chats_begin_as_the_chat_template_does() -> None:
+    rng = np.random.default_rng(7)
+    texts = [words.chat(draw_scene(rng), rng) for _ in range(40)]
+    assert all(text.startswith(VICUNA_V0.system) and text.endswith("###") for text in texts)
+    assert {text.count("###Human:") for text in texts} == {1, words.TURNS_IN_CHAT}
+
+
 def test_no_text_names_a_held_out_pair() -> None:
     rng = np.random.default_rng(4)
-    texts = " ".join(write(draw_scene(rng), rng) for _ in range(200) for write in (words.statement, words.talk))
+    kinds = (words.statement, words.talk, words.told_facts, words.chat)
+    texts = " ".join(write(draw_scene(rng), rng) for _ in range(200) for write in kinds)
     assert not [pair for pair in HELD_OUT if " ".join(pair) in texts]
 
 
 def test_the_files_of_a_world(world: Path) -> None:
     lines = [json.loads(line) for line in (world / "pairs.jsonl").read_text().splitlines()]
     assert len(lines) == 6 and all((world / line["image"]).is_file() for line in lines)
+    facts = [json.loads(line) for line in (world / "facts.jsonl").read_text().splitlines()]
+    assert [line["image"] for line in facts] == [line["image"] for line in lines]
     singles = [json.loads(line) for line in (world / "singles.jsonl").read_text().splitlines()]
     assert len(singles) == 4 and not any(" and " in line["caption"] or ";" in line["caption"] for line in singles)
     curated = [json.loads(line) for line in (world / "curated.jsonl").read_text().splitlines()]
