@@ -136,11 +136,14 @@ def _add_shapes(parser: ArgumentParser) -> None:
 
 
 def _shapes(arguments: Namespace) -> int:
+    from mgpt4_jax.checkpoint import new_directory
     from mgpt4_jax.data.shapes_files import Sizes, write_world
 
+    if arguments.out.exists():
+        raise UserError(f"{arguments.out}: exists already; choose another name")
     sizes = Sizes(**{field.name: arguments[field.name] for field in dataclasses.fields(Sizes)})
-    with progress("drawing") as report:
-        write_world(arguments.out, seed=arguments.seed, sizes=sizes, report=report)
+    with new_directory(arguments.out) as partial, progress("drawing") as report:
+        write_world(partial, seed=arguments.seed, sizes=sizes, report=report)
     print(arguments.out)
     return 0
 

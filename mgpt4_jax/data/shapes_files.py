@@ -20,7 +20,6 @@ from __future__ import annotations
 import io
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +30,7 @@ import sentencepiece
 from PIL import Image
 
 from mgpt4_jax.data import shapes_words as words
-from mgpt4_jax.data.shapes import MOST, Part, Scene, different_scenes, draw_picture, draw_scene
-from mgpt4_jax.errors import UserError
+from mgpt4_jax.data.shapes import Part, Scene, different_scenes, draw_picture, draw_scene
 
 VOCABULARY = 512
 AMONG = 100
@@ -42,7 +40,6 @@ _WORDS = re.compile(r"[a-z]+|[^a-z\s]")
 _PARTS = ("texts", "pairs", "curated", "test", "unseen", "singles", "facts")
 _TESTS: tuple[Part, ...] = ("test", "unseen")
 _TEXTS = {"statements": words.statement, "talks": words.talk, "told_facts": words.told_facts, "chats": words.chat}
-Write = Callable[[Scene, np.random.Generator], str]
 _PIECES = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -102,30 +99,21 @@ def train_word_pieces(path: Path, texts: Iterable[str]) -> None:
 def write_world(
     out: Path, *, seed: int = 0, sizes: Sizes = Sizes(), report: Callable[[int, int], None] | None = None
 ) -> None:
-    """Write everything below ``out``, a new folder, there only when all of it is; see the head of this file."""
-    if out.exists():
-        raise UserError(f"{out}: exists already; choose another name")
-    partial = out.with_name(f"{out.name}.partial")
-    try:
-        if partial.exists():  # of one that was stopped
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"{partial}: {error.strerror}; choose another name") from error
-    _write_parts(partial, seed, sizes, report)
-    partial.rename(out)
-
-
-def _write_parts(out: Path, seed: int, sizes: Sizes, report: Callable[[int, int], None] | None) -> None:
+    """Write everything below ``out``, an empty folder or none yet; see the head of this file."""
+    out.mkdir(parents=True, exist_ok=True)
     # Numbers of their own for each part: more of one changes none of the others.
     draws = {name: np.random.default_rng((seed, number)) for number, name in enumerate(_PARTS)}
     _write_texts(out, sizes.texts, draws["texts"])
     paint = _Painter(out, sizes.singles + sizes.pairs + sizes.curated + 2 * sizes.test, report)
-    for name, count, most in (("singles", sizes.singles, 1), ("pairs", sizes.pairs, MOST)):
-        rng = draws[name]
-        scenes = (draw_scene(rng, most=most) for _ in range(count))
-        painted = _write_captions(out / f"{name}.jsonl", paint(name, scenes, rng), words.caption, rng)
-    _write_captions(out / "facts.jsonl", painted, words.facts, draws["facts"])
+    rng = draws["singles"]
+    singles = paint("singles", (draw_scene(rng, most=1) for _ in range(sizes.singles)), rng)
+    _write_lines(out / "singles.jsonl", (_captioned(path, words.caption(scene, rng)) for path, scene in singles))
+    rng = draws["pairs"]
+    painted = paint("pairs", (draw_scene(rng) for _ in range(sizes.pairs)), rng)
+    pairs = [(path, scene, words.caption(scene, rng)) for path, scene in painted]
+    _write_lines(out / "pairs.jsonl", (_captioned(path, text) for path, _, text in pairs))
+    rng = draws["facts"]
+    _write_lines(out / "facts.jsonl", (_captioned(path, words.facts(scene, rng)) for path, scene, _ in pairs))
     rng = draws["curated"]
     curated = paint("curated", (draw_scene(rng) for _ in range(sizes.curated)), rng)
     _write_lines(out / "curated.jsonl", (_curated(path, scene, rng) for path, scene in curated))
@@ -144,19 +132,7 @@ def _write_texts(out: Path, count: int, rng: np.random.Generator) -> None:
     train_tokenizer(out / "tokenizer", some)
     train_word_pieces(out / "qformer_tokenizer" / "vocab.txt", some)
     for kind, written in texts.items():
-        _write_lines(out / f"{kind}.jsonl", ({"image": None, "caption": text} for text in written))
-
-
-def _write_captions(
-    path: Path, painted: Iterable[tuple[str, Scene]], write: Write, rng: np.random.Generator
-) -> list[tuple[str, Scene]]:
-    """A line a picture; gives ``painted``, of which each is drawn and written before the next."""
-    kept = []
-    with path.open("w") as file:
-        for name, scene in painted:
-            file.write(json.dumps({"image": name, "caption": write(scene, rng)}) + "\n")
-            kept.append((name, scene))
-    return kept
+        _write_lines(out / f"{kind}.jsonl", (_captioned(None, text) for text in written))
 
 
 class _Painter:
@@ -188,6 +164,10 @@ def _write_blind(folder: Path, picture: Image.Image) -> None:
     (folder / "blind").mkdir()
     for path in (folder / "images").iterdir():
         picture.save(folder / "blind" / path.name)
+
+
+def _captioned(path: str | None, text: str) -> dict[str, Any]:
+    return {"image": path, "caption": text}
 
 
 def _curated(path: str, scene: Scene, rng: np.random.Generator) -> dict[str, Any]:

@@ -52,10 +52,12 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 
 def description(scene: Scene, rng: np.random.Generator) -> str:
     """The long answer: how many things there are, then each with its place."""
-    noun = "thing" if len(scene) == 1 else "things"
-    verb = "is" if len(scene) == 1 else "are"
-    count = f"there {verb} {NUMBERS[len(scene)]} {noun} in the picture."
-    return " ".join([count, *(f"a {thing.name}, in the {thing.place}." for thing in _shuffled(scene, rng))])
+    things = (f"a {thing.name}, in the {thing.place}." for thing in _shuffled(scene, rng))
+    return " ".join([f"{_count_of(scene)} in the picture.", *things])
+
+
+def _count_of(scene: Scene) -> str:
+    return "there is one thing" if len(scene) == 1 else f"there are {NUMBERS[len(scene)]} things"
 
 
 def scene_in_words(scene: Scene, rng: np.random.Generator) -> str:
@@ -166,8 +168,8 @@ def statement(scene: Scene, rng: np.random.Generator) -> str:
     """A short text: the scene in words where a picture will be, and then what follows from them.
 
     A caption behind the picture, or a description that was asked for, are what the rows of the first stages read. The
-    same three times in other orders, and facts one by one, are from what is learnt soonest that what was said holds,
-    and where to look for it.
+    same twice in other orders, and short questions without a template, are from what is learnt soonest that what was
+    said holds, and where to look for it.
     """
     kind = rng.random()
     if kind < 0.2:
@@ -206,7 +208,6 @@ def facts(scene: Scene, rng: np.random.Generator) -> str:
 
 def _fact(scene: Scene, rng: np.random.Generator) -> str:
     thing = scene[int(rng.integers(len(scene)))]
-    be, noun = ("is", "thing") if len(scene) == 1 else ("are", "things")
     return pick(
         rng,
         (
@@ -214,7 +215,7 @@ def _fact(scene: Scene, rng: np.random.Generator) -> str:
             f"the shape of the {thing.colour} thing is {thing.shape}.",
             f"the {thing.shape} is a {thing.size} thing.",
             f"the {thing.shape} is in the {thing.place}.",
-            f"there {be} {NUMBERS[len(scene)]} {noun}.",
+            f"{_count_of(scene)}.",
         ),
     )
 

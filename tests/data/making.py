@@ -14,6 +14,7 @@ from PIL import Image
 
 from mgpt4_jax.data.records import write_array_record
 from mgpt4_jax.data.samples import Sample, Source
+from mgpt4_jax.data.sources import open_source
 from mgpt4_jax.train_config import SourceConfig
 
 KINDS = ("webdataset", "cc_sbu_align", "jsonl", "array_record", "tfds")
@@ -150,3 +151,11 @@ _MAKERS = {
     "array_record": _array_record,
     "tfds": _tfds,
 }
+
+
+def open_tar(path: Path) -> Source:
+    return open_source(SourceConfig("webdataset", str(path)))
+
+
+def open_lines(path: Path, lines: list[Any]) -> Source:
+    return open_source(SourceConfig("jsonl", str(write_lines(path / "my.jsonl", lines))))
