@@ -7,6 +7,7 @@ shows whether a model has learnt colours and shapes, or pictures.
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from typing import Literal, NamedTuple
 
@@ -53,9 +54,19 @@ class Thing(NamedTuple):
     def name(self) -> str:
         return f"{self.colour} {self.shape}, {self.size}"
 
+    @property
+    def word(self) -> str:
+        """All of it in one word: what the language model reads in the place of a picture."""
+        return f"{self.size}-{self.colour}-{self.shape}-{self.place}"
+
 
 Scene = tuple[Thing, ...]
 """Things in reading order."""
+
+
+def every_word() -> list[str]:
+    """The word of each thing that there can be, of the held-out pairs too."""
+    return [Thing(*attributes).word for attributes in itertools.product(SIZES, COLOURS, SHAPES, PLACES)]
 
 
 def part_of(scene: Scene) -> Part:

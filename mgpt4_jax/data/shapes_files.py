@@ -30,9 +30,9 @@ import sentencepiece
 from PIL import Image
 
 from mgpt4_jax.data import shapes_words as words
-from mgpt4_jax.data.shapes import Part, Scene, different_scenes, draw_picture, draw_scene
+from mgpt4_jax.data.shapes import Part, Scene, different_scenes, draw_picture, draw_scene, every_word
 
-VOCABULARY = 512
+VOCABULARY = 768
 AMONG = 100
 """Pairs of a file for retrieval: a picture is looked for among so many."""
 _MARKS = ("<Img>", "</Img>", "###")
@@ -77,7 +77,7 @@ def train_tokenizer(folder: Path, texts: Iterable[str]) -> None:
         byte_fallback=True,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
-        user_defined_symbols=list(_MARKS),
+        user_defined_symbols=[*_MARKS, *every_word()],
         num_threads=1,
         minloglevel=2,
     )

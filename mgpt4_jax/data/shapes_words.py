@@ -61,14 +61,12 @@ def _count_of(scene: Scene) -> str:
 
 
 def scene_in_words(scene: Scene, rng: np.random.Generator) -> str:
-    """What a text says in the place of the picture."""
-    return caption(scene, rng) if rng.random() < 0.2 else in_few_words(scene, rng)
+    """What a text says in the place of the picture: a word a thing, in any order.
 
-
-def in_few_words(scene: Scene, rng: np.random.Generator) -> str:
-    """Each attribute beside the shape: to look one up is to find the one and read the other."""
-    said = (f"{t.shape} {t.colour} {t.shape} {t.size} {t.shape} {t.place}" for t in _shuffled(scene, rng))
-    return ", ".join(said)
+    To look an attribute up is then to find one word and to read it, as it will be to find one query of the Q-Former. A
+    language that spreads a thing over several words is read by their neighbourhood, which the queries never learnt.
+    """
+    return " ".join(thing.word for thing in _shuffled(scene, rng))
 
 
 def _shuffled(scene: Scene, rng: np.random.Generator) -> list[Thing]:
@@ -167,16 +165,13 @@ def short_talk(scene: Scene, rng: np.random.Generator, count: int) -> str:
 def statement(scene: Scene, rng: np.random.Generator) -> str:
     """A short text: the scene in words where a picture will be, and then what follows from them.
 
-    A caption behind the picture, or a description that was asked for, are what the rows of the first stages read. The
-    same twice in other orders, and short questions without a template, are from what is learnt soonest that what was
-    said holds, and where to look for it.
+    A caption behind the picture, or a description that was asked for, are what the rows of the first stages read. Short
+    questions without a template are from what is learnt soonest where to look for what was said.
     """
     kind = rng.random()
-    if kind < 0.2:
-        return "\n".join(in_few_words(scene, rng) for _ in range(2))
-    if kind < 0.7:
+    if kind < 0.55:
         return f"{scene_in_words(scene, rng)}\n{short_talk(scene, rng, 5)}"
-    if kind < 0.85:
+    if kind < 0.8:
         return f"{scene_in_words(scene, rng)} {caption(scene, rng)}\n"
     return _talk_in_training(scene, rng, [ask(scene, rng, "describe")])
 
