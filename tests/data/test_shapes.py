@@ -12,7 +12,17 @@ import pytest
 from mgpt4_jax.cli import main
 from mgpt4_jax.data import shapes_words as words
 from mgpt4_jax.data.prompts import VICUNA_V0
-from mgpt4_jax.data.shapes import COLOURS, HELD_OUT, SHAPES, Thing, different_scenes, draw_picture, draw_scene, part_of
+from mgpt4_jax.data.shapes import (
+    COLOURS,
+    HELD_OUT,
+    SHAPES,
+    Thing,
+    different_scenes,
+    draw_picture,
+    draw_scene,
+    every_word,
+    part_of,
+)
 from mgpt4_jax.data.text import load_bert_tokenizer, load_llama_tokenizer
 
 SIZES = ["--texts", "40", "--singles", "4", "--pairs", "6", "--curated", "6", "--test", "5", "--questions", "6"]
@@ -97,9 +107,8 @@ def test_captions_and_descriptions_name_everything() -> None:
         scene = draw_scene(rng)
         for text in (words.caption(scene, rng), words.description(scene, rng)):
             assert all(thing.name in text and thing.place in text for thing in scene)
-        for told in words.in_few_words(scene, rng).split(", "):
-            [thing] = [thing for thing in scene if thing.shape in told]
-            assert set(told.split()) == {thing.shape, thing.colour, thing.size, thing.place}
+        told = [set(word.split("-")) for word in words.scene_in_words(scene, rng).split(" ")]
+        assert len(told) == len(scene) and all({*thing} in told for thing in scene)
 
 
 def test_facts_are_true() -> None:
@@ -127,7 +136,7 @@ def test_no_text_names_a_held_out_pair() -> None:
     rng = np.random.default_rng(4)
     kinds = (words.statement, words.talk, words.told_facts, words.chat)
     texts = " ".join(write(draw_scene(rng), rng) for _ in range(200) for write in kinds)
-    assert not [pair for pair in HELD_OUT if " ".join(pair) in texts]
+    assert not [pair for pair in HELD_OUT if " ".join(pair) in texts or "-".join(pair) in texts]
 
 
 def test_the_files_of_a_world(world: Path) -> None:
@@ -156,6 +165,8 @@ def test_the_tokenisers_know_every_word(world: Path) -> None:
     rng = np.random.default_rng(5)
     text = words.caption(draw_scene(rng), rng)
     assert pieces.decode(pieces.encode(text)) == text
+    told = [pieces.encode(word) for word in every_word()]
+    assert len({ids[-1] for ids in told}) == len(told) == 200 and {len(ids) for ids in told} == {2}  # a blank, a word
     assert "[UNK]" not in word_pieces.decode(word_pieces.encode(text), skip_special=False)
 
 
