@@ -139,7 +139,7 @@ def _shapes(arguments: Namespace) -> int:
     from mgpt4_jax.checkpoint import new_directory
     from mgpt4_jax.data.shapes_files import Sizes, write_world
 
-    if arguments.out.exists():
+    if arguments.out.exists():  # said here, as there is no --overwrite to advise
         raise UserError(f"{arguments.out}: exists already; choose another name")
     sizes = Sizes(**{field.name: arguments[field.name] for field in dataclasses.fields(Sizes)})
     with new_directory(arguments.out) as partial, progress("drawing") as report:

@@ -185,10 +185,10 @@ def talk(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def chat(scene: Scene, rng: np.random.Generator) -> str:
-    """A chat, one in four about one long description, and as many others of short questions."""
-    if rng.random() < 0.25:
-        return _talk_in_chat(scene, rng, [ask(scene, rng, "describe")])
-    return _talk_in_chat(scene, rng, [ask(scene, rng) for _ in range(TURNS_IN_CHAT)])
+    """A chat: one in four asks for one long description, the others ask short questions."""
+    is_long = rng.random() < 0.25
+    asked = [ask(scene, rng, "describe")] if is_long else [ask(scene, rng) for _ in range(TURNS_IN_CHAT)]
+    return _talk_in_chat(scene, rng, asked)
 
 
 def told_facts(scene: Scene, rng: np.random.Generator) -> str:
