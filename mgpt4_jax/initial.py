@@ -21,6 +21,9 @@ from mgpt4_jax.typing import Params
 TEMPERATURE = 0.07
 CROSSED = {"query": 2.5, "key": 2.5, "value": 1.8, "out": 1.8}
 """How much stronger cross-attention begins: then the queries tell pictures apart from the first step on."""
+PLACED = 8.0
+"""How strong the places of patches begin, beside what is seen there: a tower that is asked for things keeps little of
+them, and a language model that reads it then never finds where a thing was."""
 DEEP = 0.3
 """How much weaker what a block adds begins: what comes out is what went in, and a little of its surroundings."""
 
@@ -68,8 +71,10 @@ def initial_params(config: ModelConfig, seed: int) -> Params:
 def spread(path: str, shape: tuple[int, ...]) -> float:
     """The standard deviation of a matrix: one over the root of how many numbers are summed."""
     *_, part, name = path.split("/")
-    if path in ("vit/pos_embed", "llama/embed_tokens/embedding"):
-        return 1.0  # what is read counts as much as what the blocks make of it; places as much as what is seen there
+    if path == "vit/pos_embed":
+        return PLACED
+    if path == "llama/embed_tokens/embedding":
+        return 1.0  # what is read counts as much as what the blocks make of it
     if name != "kernel":
         return shape[-1] ** -0.5
     shape = shape[1:] if is_stacked(path) else shape

@@ -9,8 +9,9 @@
     curated.jsonl, curated/          pictures with an instruction and its answer: fine-tuning
     test/, unseen/                   pictures never seen, of seen pairs of attributes and of unseen ones:
                                      captions.json and pairs_N.json (lists as LAVIS's), questions.json (as VQAv2's);
-                                     questions_in_words.json asks the language model alone, blind/ are the same
-                                     pictures for one who sees nothing: the mean of those in pairs/
+                                     questions_in_words.json and captions_in_words.json ask the language model
+                                     alone, blind/ are the same pictures for one who sees nothing: the mean of those
+                                     in pairs/
 
 No scene to measure on is one to learn from. A seed is a world, to the byte.
 """
@@ -198,6 +199,16 @@ def _write_tests(folder: Path, painted: Sequence[tuple[str, Scene]], questions: 
             told.append(asked | {"image": None, "question": words.asked_in_words(scene, rng, question)})
     (folder / "questions.json").write_text(json.dumps(seen, indent=0))
     (folder / "questions_in_words.json").write_text(json.dumps(told, indent=0))
+    described = [_described_in_words(caption, scene, rng) for caption, scene in zip(captions, scenes, strict=True)]
+    (folder / "captions_in_words.json").write_text(json.dumps(described, indent=0))
+
+
+def _described_in_words(caption: dict[str, Any], scene: Scene, rng: np.random.Generator) -> dict[str, Any]:
+    """What ``captions.json`` measures, asked of the language model alone."""
+    asked = words.Question("describe", words.DESCRIBE[0], words.description(scene, rng))
+    question = words.asked_in_words(scene, rng, asked)
+    number, names = caption["image_id"], caption["names"]
+    return {"question_id": number, "image": None, "question": question, "answer": asked.answer, "names": names}
 
 
 def _write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:

@@ -25,6 +25,7 @@ DESCRIBE = (
 TURNS = 6  # questions of a text to learn from
 TURNS_IN_CHAT = 4  # whose template begins with a long sentence
 FACTS = 3  # of a caption in facts
+MOST_WORDS = 8  # that stand for a picture
 
 
 class Question(NamedTuple):
@@ -61,12 +62,15 @@ def _count_of(scene: Scene) -> str:
 
 
 def scene_in_words(scene: Scene, rng: np.random.Generator) -> str:
-    """What a text says in the place of the picture: a word a thing, in any order.
+    """What a text says in the place of the picture: the word of each thing, once or several times, in any order.
 
     To look an attribute up is then to find one word and to read it, as it will be to find one query of the Q-Former. A
     language that spreads a thing over several words is read by their neighbourhood, which the queries never learnt.
+    Several queries see the same thing, so that to count is to count what differs.
     """
-    return " ".join(thing.word for thing in _shuffled(scene, rng))
+    again = int(rng.integers(MOST_WORDS - len(scene) + 1))
+    things = [*scene, *(scene[index] for index in rng.integers(len(scene), size=again))]
+    return " ".join(things[index].word for index in rng.permutation(len(things)))
 
 
 def _shuffled(scene: Scene, rng: np.random.Generator) -> list[Thing]:

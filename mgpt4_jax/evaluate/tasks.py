@@ -32,7 +32,7 @@ class Item:
     question: str = ""
     references: tuple[str, ...] = ()
     kind: str | None = None  # VQAv2's answer_type, NoCaps's domain
-    names: tuple[str, ...] = ()  # what a caption of it should name
+    names: tuple[str, ...] = ()  # what its caption, or a long answer, should name
 
 
 @dataclass(frozen=True)
@@ -146,8 +146,8 @@ def read_questions(path: Path, annotations: Path | None, images: Path, pattern: 
             raise UserError(f"{annotations}: has no answers to question_id {identity!r}")
         own = _texts(path, entry.get("answer", entry.get("answers", [])), "answer")
         known, kind = answers.get(identity, (own, _kind(entry, "answer_type")))
-        question = _text(path, "questions", entry, "question")
-        found.append(Item(identity, str(images / image) if image else "", question, known, kind))
+        question, names = _text(path, "questions", entry, "question"), _texts(path, entry.get("names", []), "names")
+        found.append(Item(identity, str(images / image) if image else "", question, known, kind, names))
     return _checked(path, "question_id", found)
 
 
@@ -186,8 +186,7 @@ def score_captions(items: Sequence[Item], answers: dict[Any, str]) -> Scored:
     if not known:
         return Scored()
     scores = caption_scores({key: answers[key] for key in known}, known)
-    named = [name.lower() in answers[item.id].lower() for item in items for name in item.names]
-    whole = scores.whole | ({"named": 100 * _mean(named)} if named else {})
+    whole = scores.whole | _named(items, answers)
     for kind in sorted({item.kind for item in items if item.kind and item.references}):
         some = [item.id for item in items if item.kind == kind and item.references]
         part = caption_scores({key: answers[key] for key in some}, {key: known[key] for key in some}).whole
@@ -196,18 +195,26 @@ def score_captions(items: Sequence[Item], answers: dict[Any, str]) -> Scored:
 
 
 def score_answers(items: Sequence[Item], answers: dict[Any, str]) -> Scored:
-    """Accuracy in percent: of people's answers by the VQA rule, of a single reference by an exact match."""
+    """Accuracy in percent: of people's answers by the VQA rule, of a single reference by an exact match.
+
+    ``named`` as of captions, where answers have ``names``.
+    """
     known = [item for item in items if item.references]
     if not known:
         return Scored()
     if all(len(item.references) == 1 for item in known):
         each = {item.id: 100 * exact_match(answers[item.id], item.references[0]) for item in known}
-        whole = {"exact_match": _mean(each.values())} | _by_kind("exact_match", known, each)
+        whole = {"exact_match": _mean(each.values())} | _by_kind("exact_match", known, each) | _named(items, answers)
         return Scored(whole, each, "exact_match")
     each = {item.id: 100 * vqa_accuracy(answers[item.id], item.references) for item in known}
     lavis = [100 * vqa_accuracy(answers[item.id], item.references, "lavis") for item in known]
     whole = {"accuracy": _mean(each.values()), "accuracy_lavis": _mean(lavis)}
     return Scored(whole | _by_kind("accuracy", known, each), each, "accuracy")
+
+
+def _named(items: Sequence[Item], answers: dict[Any, str]) -> dict[str, float]:
+    named = [name.lower() in answers[item.id].lower() for item in items for name in item.names]
+    return {"named": 100 * _mean(named)} if named else {}
 
 
 def _by_kind(metric: str, items: Sequence[Item], each: Mapping[Any, float]) -> dict[str, float]:

@@ -209,3 +209,9 @@ def test_names_that_a_caption_should_hold(tmp_path: Path) -> None:
     items = read_captions(write(tmp_path / "list.json", entries), PICTURES)
     scored = score_captions(items, {0: "the Red dog", 1: "a dog red"})
     assert scored.whole["named"] == pytest.approx(100 / 3)
+
+
+def test_names_that_a_long_answer_should_hold(tmp_path: Path) -> None:
+    entries = [{"question_id": 0, "image": None, "question": "what?", "answer": "a cat", "names": ["red dog", "cat"]}]
+    scored = score_answers(read_questions(write(tmp_path / "q.json", entries), None, PICTURES, "{}"), {0: "a Cat, big"})
+    assert scored.whole == {"exact_match": 0.0, "named": 50.0}
