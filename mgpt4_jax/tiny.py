@@ -71,9 +71,7 @@ def recipe(out: Path, seed: int) -> Iterator[Step]:
     yield train("vision", models / "blip2", "singles.jsonl")
     yield train("stage1", out / "vision" / "model", "pairs.jsonl")
     yield export(out / "stage1" / "model", "lavis", files / "stage1")
-    # Stage 2 goes on with the Q-Former as it began, not with stage 1's: docs/tiny.md, "What did not work".
-    yield export(models / "blip2", "lavis", files / "begun")
-    yield join("stage2", "begun", 0)
+    yield join("stage2", "stage1", 0)
     yield train("stage2", models / "stage2", "pairs.jsonl", "facts.jsonl")
     yield export(out / "stage2" / "model", "lavis", files / "stage2")
     yield join("align", "stage2", 1)  # not the projection that it grew up with
