@@ -14,7 +14,7 @@ FIND_PYTHON = for python in $(PYTHON) python3 python3.12 python3.11; do \
 	    python=; \
 	done
 
-.PHONY: help test demo show lint fmt bench prove learn tiny clean
+.PHONY: help test demo lint fmt bench prove learn tiny clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -23,11 +23,8 @@ help:  ## list the targets
 test: $(READY)  ## run every test on the CPU; ARGS="tests/golden -k vicuna" runs some
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
-demo: $(READY)  ## convert tiny checkpoints, prove them against PyTorch, answer about pictures
+demo: $(READY)  ## small models that answer: convert, prove against PyTorch, ask, search, train; 5 minutes
 	$(BIN)/python -m mgpt4_jax.demo $(ARGS)
-
-show: $(READY)  ## what `make tiny ARGS="--ship DIR"` made: proved, asked, searched, trained; ARGS="--weights DIR"
-	$(BIN)/python -m mgpt4_jax.tiny_demo $(ARGS)
 
 lint: $(READY)  ## ruff and mypy, changing nothing
 	$(BIN)/ruff check

@@ -13,7 +13,7 @@ import pytest
 import mgpt4_jax
 
 ROOT = Path(__file__).parent.parent
-TARGETS = {"help", "test", "demo", "show", "lint", "prove", "fmt", "bench", "learn", "tiny", "clean"}
+TARGETS = {"help", "test", "demo", "lint", "prove", "fmt", "bench", "learn", "tiny", "clean"}
 
 
 def test_only_our_package_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Pieces of `make show`: its page, what it asks and counts as right, and how it ends when something is amiss."""
+"""Pieces of `make demo`: its page, what it asks and counts as right, and how it ends when something is amiss."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from mgpt4_jax import tiny_demo as demo
+from mgpt4_jax import demo
 from mgpt4_jax.data import shapes_words
 from mgpt4_jax.data.shapes_files import Sizes, write_world
+from mgpt4_jax.demo_page import Answer, Findings, Query, flatten, pivot, render_page, write_page
+from mgpt4_jax.demo_questions import DESCRIBE, choose_queries, choose_questions, judge, read_hits, steps_done
 from mgpt4_jax.errors import UserError
-from mgpt4_jax.tiny_page import Answer, Findings, Query, flatten, pivot, render_page, write_page
-from mgpt4_jax.tiny_questions import DESCRIBE, choose_queries, choose_questions, judge, read_hits, steps_done
 
 HOSTILE = '<script>alert(1)</script><img src=https://example.org/x.png> "&'
 

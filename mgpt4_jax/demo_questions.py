@@ -1,4 +1,4 @@
-"""What `make show` asks about the small world, what it looks for there, and what counts as right."""
+"""What `make demo` asks about the small world, what it looks for there, and what counts as right."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mgpt4_jax.data.shapes_words import DESCRIBE
+from mgpt4_jax.demo_page import Answer, Query
 from mgpt4_jax.evaluate.answers import exact_match
-from mgpt4_jax.tiny_page import Answer, Query
 from mgpt4_jax.train.run_log import read_log
 
 OF_EACH_KIND = 2

@@ -1,4 +1,4 @@
-"""The page of `make show`: one file with its pictures inside, of what the commands found."""
+"""The page of `make demo`: one file with its pictures inside, of what the commands found."""
 
 from __future__ import annotations
 
