@@ -26,10 +26,9 @@ from mgpt4_jax import cli
 from mgpt4_jax.demo_page import Answer, Findings, Query, write_page
 from mgpt4_jax.demo_questions import choose_queries, choose_questions, judge, read_hits, steps_done
 from mgpt4_jax.errors import UserError
+from mgpt4_jax.tiny import CONFIGS, ROOT, TEMPLATE
 from mgpt4_jax.tiny_report import MANIFEST, SHIPPED
 
-ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = ROOT / "configs" / "tiny"
 MARK = ".made-by-make-demo"  # a folder with it may be replaced
 SEED = 20_26  # of the pictures; whatever it is, no scene of their test part was learnt from
 WORLD = {"--texts": 200, "--singles": 10, "--pairs": 60, "--curated": 2000, "--test": 60, "--questions": 30}
@@ -163,7 +162,7 @@ class Demo:
         for path in (*self.whole.values(), self.pairs["--qformer"]):
             self.run("inspect", path)
         known = ("--overrides", CONFIGS / "overrides.yaml")
-        talks = ("--template", "vicuna_v0")
+        talks = ("--template", TEMPLATE)
         reads = ("--qformer-tokenizer", self.tokenizer)
         self.run("convert", *options(self.whole), *known, *talks, "--out", self.model)
         self.run("convert", *options(self.pairs), *known, *reads, "--out", self.retrieval)
@@ -206,7 +205,7 @@ class Demo:
         What is reached without seeing stands beside them: shown the mean of many pictures, whatever the question.
         """
         begin, run, known = self.out / "new-projection", self.out / "run", ("--overrides", CONFIGS / "overrides.yaml")
-        new = ("--template", "vicuna_v0", "--seed", SEED)  # not the projection that the Q-Former grew up with
+        new = ("--template", TEMPLATE, "--seed", SEED)  # not the projection that the Q-Former grew up with
         self.run("convert", *options(self.parts), *known, *new, "--out", begin)
         before = self.measure(begin, "before")
         source = f"[{{kind: jsonl, path: {self.world / 'curated.jsonl'}}}]"

@@ -53,7 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "api": LIBRARY | USES | {"convert"},
     "commands": LIBRARY | USES | {"", "convert", "api", "initial"},
     "cli": {"errors", "commands"},
-    "demo": {"errors", "cli", "demo_page", "demo_questions", "tiny_report"},
+    "demo": {"errors", "cli", "demo_page", "demo_questions", "tiny", "tiny_report"},
     "demo_page": {"errors", "data"},
     "demo_questions": {"errors", "data", "evaluate", "train", "demo_page"},
     "tiny": {"errors", "data", "tiny_report"},

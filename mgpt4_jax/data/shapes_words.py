@@ -69,8 +69,8 @@ def scene_in_words(scene: Scene, rng: np.random.Generator) -> str:
     Several queries see the same thing, so that to count is to count what differs.
     """
     again = int(rng.integers(MOST_WORDS - len(scene) + 1))
-    things = [*scene, *(scene[index] for index in rng.integers(len(scene), size=again))]
-    return " ".join(things[index].word for index in rng.permutation(len(things)))
+    things = (*scene, *(scene[index] for index in rng.integers(len(scene), size=again)))
+    return " ".join(thing.word for thing in _shuffled(things, rng))
 
 
 def _shuffled(scene: Scene, rng: np.random.Generator) -> list[Thing]:
