@@ -27,7 +27,7 @@ demo: $(READY)  ## small models that answer: convert, prove against PyTorch, ask
 	$(BIN)/python -m mgpt4_jax.demo $(ARGS)
 
 lint: $(READY)  ## ruff and mypy, changing nothing
-	$(BIN)/ruff check
+	$(BIN)/ruff check --no-cache
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
