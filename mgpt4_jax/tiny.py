@@ -106,7 +106,8 @@ def evaluations(out: Path) -> Iterator[Step]:
         images = ("--images", str(world / part / "images"))
         for path in sorted((world / part).glob("pairs_*.json")):
             yield measure(f"{part}-{path.stem}", out / "stage1" / "model", "retrieval", path, *images, *RANKED_AGAIN)
-    yield from answers("test", "finetune", "blind")
+    for stage in ("align", "finetune"):
+        yield from answers("test", stage, "blind")
     words = ("--prompt", "{}", "--template", "none", "--stop", "###", "--max-new-tokens", "64")
     for kind in ("questions", "captions"):
         told = world / "test" / f"{kind}_in_words.json"

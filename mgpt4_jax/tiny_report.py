@@ -41,11 +41,11 @@ def figures(out: Path) -> dict[str, Any]:
         if pairs:
             for metric in ("itc_txt_r1", "itc_img_r1", "txt_r1", "img_r1"):
                 found[f"{part}/{metric}"] = round(float(np.mean([values[metric] for values in pairs])), 2)
-    for name, values in scores.items():
-        if name.endswith(("-questions", "-captions")):
-            kept = ("named", "CIDEr", "exact_match")
-            shown = {key: round(value, 2) for key, value in values.items() if key.startswith(kept)}
-            found |= {f"{name.replace('-', '/', 1)}/{key}": value for key, value in shown.items()}
+    for kind, kept in (("questions", "exact_match"), ("captions", ("named", "CIDEr"))):
+        for name, values in scores.items():
+            if name.endswith(f"-{kind}"):
+                shown = {key: round(value, 2) for key, value in values.items() if key.startswith(kept)}
+                found |= {f"{name.replace('-', '/', 1)}/{key}": value for key, value in shown.items()}
     return found
 
 
