@@ -139,17 +139,17 @@ class Demo:
         scores, stopped_at = self.train()
         heading("5. One page of it all")
         found = Findings(
-            answers,
-            queries,
-            verified,
-            scores,
-            self.out / "run" / "curves.png",
-            stopped_at,
-            STEPS,
-            WORLD["--test"],
-            time.monotonic() - self.start,
-            self.commands,
-            self.manifest,
+            answers=answers,
+            queries=queries,
+            verified=verified,
+            scores=scores,
+            curves=self.out / "run" / "curves.png",
+            stopped_at=stopped_at,
+            steps=STEPS,
+            among=WORLD["--test"],
+            seconds=time.monotonic() - self.start,
+            commands=self.commands,
+            manifest=self.manifest,
         )
         page = self.out / "page.html"
         write_page(page, found)
@@ -208,7 +208,7 @@ class Demo:
         new = ("--template", TEMPLATE, "--seed", SEED)  # not the projection that the Q-Former grew up with
         self.run("convert", *options(self.parts), *known, *new, "--out", begin)
         before = self.measure(begin, "before")
-        source = f"[{{kind: jsonl, path: {self.world / 'curated.jsonl'}}}]"
+        source = json.dumps([{"kind": "jsonl", "path": shown(self.world / "curated.jsonl")}])
         words = ["train", "--config", CONFIGS / "finetune.yaml", "--model", begin, "--run", run]
         words += ["--mesh", "data=4", "--data.train", source, "--steps_per_epoch", STEPS]
         words += ["--optim.peak_lr", "5e-3", "--log.every", 5]

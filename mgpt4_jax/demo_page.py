@@ -195,7 +195,7 @@ def _training(found: Findings) -> str:
         f"The run on four simulated devices was told to stop, saved itself at step {found.stopped_at}, and the same "
         f"line again took it up to step {found.steps}.</p>\n"
         f'<p class="dim">{count} short questions about pictures never seen, right if answered to the letter. Not '
-        "seeing is to be shown the mean of many pictures each time: what the words of the questions give away.</p>\n"
+        "seeing is to be shown the mean of many pictures each time.</p>\n"
         f'<div class="beside">{table}\n'
         f'<div class="curves">{render_picture(found.curves.read_bytes(), "png", "the training curves")}</div></div>'
     )

@@ -7,6 +7,7 @@ training that was stopped goes on: so the same line again goes on with the recip
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shlex
 import subprocess
@@ -16,13 +17,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from mgpt4_jax.data.page_shell import write_whole
 from mgpt4_jax.data.shapes_words import DESCRIBE
 from mgpt4_jax.errors import UserError
-from mgpt4_jax.tiny_report import figures, ship, unchanged_parts
+from mgpt4_jax.tiny_report import RECORD, figures, read_record, ship
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs" / "tiny"
 TEMPLATE = "vicuna_v0"
+INTERRUPTED = 130  # as shells say it
 RANKED_AGAIN = ("--k", "16")  # of 100 by ITM: what ITC ranks behind them is not what was asked for
 
 
@@ -114,22 +117,47 @@ def evaluations(out: Path) -> Iterator[Step]:
         yield measure(f"test-in-words-{kind}", out / "chat" / "model", "vqa", told, *words)
 
 
-def run(steps: Iterator[Step], seconds: Path) -> None:
-    """Run what did not come to its end yet; ``seconds`` gets how long each took.
+def same_recipe(out: Path, seed: int) -> None:
+    """What lies in ``out`` was begun with this seed and these configurations, or nothing does yet.
+
+    Raises:
+      UserError: it was not, so that passing over its steps would mix two recipes.
+    """
+    now = {"seed": seed} | {
+        path.relative_to(CONFIGS).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(CONFIGS.rglob("*.yaml"))
+    }
+    path = out / "recipe.json"
+    if not path.exists():
+        write_whole(path, json.dumps(now, indent=1) + "\n")
+        return
+    begun = json.loads(path.read_text())
+    if altered := [name for name in now if now[name] != begun.get(name)]:
+        what = f"--seed {begun['seed']}" if altered[0] == "seed" else f"another configs/tiny/{altered[0]}"
+        raise UserError(f"{out}: was begun with {what}; give that again, or choose another --out")
+
+
+def run(steps: Iterator[Step], record: Path) -> None:
+    """Run what did not come to its end yet; ``record`` gets how each ended, and after how long.
 
     A result that is there is whole; only of a training it does not tell the end: one that was stopped leaves a model.
     """
-    done = {json.loads(line)["step"] for line in seconds.read_text().splitlines()} if seconds.exists() else set()
+    done = {line["step"] for line in read_record(record) if line["code"] == 0}
     for step in steps:
         if step.result.exists() and (step.title in done or step.words[0] != "train"):
             continue
         print(f"\n== {step.title}\n$ mgpt4 {shlex.join(step.words)}", flush=True)
-        start = time.monotonic()
-        code = subprocess.run([sys.executable, "-m", "mgpt4_jax.cli", *step.words]).returncode
+        start, code = time.monotonic(), INTERRUPTED
+        child = subprocess.Popen([sys.executable, "-m", "mgpt4_jax.cli", *step.words])
+        try:
+            code = child.wait()
+        finally:
+            child.wait()  # Ctrl-C reached it as well: a training saves before it ends
+            seconds = round(time.monotonic() - start, 1)
+            with record.open("a") as file:
+                file.write(json.dumps({"step": step.title, "seconds": seconds, "code": code}) + "\n")
         if code:
             raise UserError(f"{step.title}: ended with {code}; the same line again goes on from here")
-        with seconds.open("a") as file:
-            file.write(json.dumps({"step": step.title, "seconds": round(time.monotonic() - start, 1)}) + "\n")
 
 
 def main() -> int:
@@ -139,16 +167,24 @@ def main() -> int:
     parser.add_argument("--ship", type=Path, help="copy the exported files there, with their manifest")
     arguments = parser.parse_args()
     out, seed = arguments.out, arguments.seed
-    out.mkdir(parents=True, exist_ok=True)
     try:
-        run(recipe(out, seed), out / "seconds.jsonl")
-        run(evaluations(out), out / "seconds.jsonl")
-        print(json.dumps({"figures": figures(out), "frozen_unchanged": unchanged_parts(out)}, indent=1))
+        for folder in filter(None, (out, arguments.ship)):  # said now, not after an hour
+            folder.mkdir(parents=True, exist_ok=True)
+        same_recipe(out, seed)
+        run(recipe(out, seed), out / RECORD)
+        run(evaluations(out), out / RECORD)
+        print(json.dumps(figures(out), indent=1))
         if arguments.ship is not None:
             print(ship(out, arguments.ship, seed=seed, command=f"make tiny ARGS='--seed {seed}'"))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}; choose another folder", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted; the same line again goes on from here", file=sys.stderr)
+        return INTERRUPTED
     return 0
 
 

@@ -5,18 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
-from mgpt4_jax.checkpoint import read_leaf, read_manifest
 from mgpt4_jax.errors import UserError
-from mgpt4_jax.train.state import trainable_paths
 
-STAGES = ("llm", "talk", "chat", "vision", "stage1", "stage2", "align", "finetune", "align-alone")
 SHIPPED = {
     "eva_vit_g.pth": "stage1/eva_vit_g.pth",
     "blip2_pretrained.pth": "stage1/blip2_pretrained.pth",
@@ -30,10 +27,14 @@ SHIPPED = {
 }
 """Name among the shipped files -> name from the folder ``files`` of a run."""
 MANIFEST = "manifest.json"
+RECORD = "seconds.jsonl"
 
 
 def figures(out: Path) -> dict[str, Any]:
-    """All scores of a run in ``out``, in percent: retrieval as the mean over its files of 100 pairs."""
+    """All scores of a run in ``out``, in percent: retrieval as the mean over its files of 100 pairs.
+
+    ``constant`` is what one would reach who knows of each kind the answer that is most often right and always gives it.
+    """
     scores = {path.parent.name: json.loads(path.read_text()) for path in sorted((out / "scores").glob("*/scores.json"))}
     found: dict[str, Any] = {}
     for part in ("test", "unseen"):
@@ -41,6 +42,9 @@ def figures(out: Path) -> dict[str, Any]:
         if pairs:
             for metric in ("itc_txt_r1", "itc_img_r1", "txt_r1", "img_r1"):
                 found[f"{part}/{metric}"] = round(float(np.mean([values[metric] for values in pairs])), 2)
+        questions = out / "world" / part / "questions.json"
+        if questions.exists():
+            scores[f"{part}-constant-questions"] = constant_answers(json.loads(questions.read_text()))
     for kind, kept in (("questions", "exact_match"), ("captions", ("named", "CIDEr"))):
         for name, values in scores.items():
             if name.endswith(f"-{kind}"):
@@ -49,25 +53,14 @@ def figures(out: Path) -> dict[str, Any]:
     return found
 
 
-def unchanged_parts(out: Path) -> dict[str, int]:
-    """Of each stage how many frozen parameters are to the byte those of the model that it began with.
-
-    Raises:
-      UserError: one is not.
-    """
-    counts = {}
-    for stage in STAGES:
-        model = out / stage / "model"
-        if not model.exists():
-            continue
-        config = yaml.safe_load((out / stage / "config.yaml").read_text())
-        paths = list(read_manifest(model).dtypes)
-        frozen = set(paths) - set(trainable_paths(paths, config["trainable"]))
-        for path in frozen:
-            if read_leaf(model, path).tobytes() != read_leaf(config["model"], path).tobytes():
-                raise UserError(f"{model}: the frozen parameter {path} is not the one of {config['model']}")
-        counts[stage] = len(frozen)
-    return counts
+def constant_answers(questions: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Percent right, as `mgpt4 eval` names it, of the most frequent answer of each kind."""
+    kinds: dict[str, Counter[str]] = {}
+    for question in questions:
+        kinds.setdefault(question["answer_type"], Counter())[question["answer"]] += 1
+    right = {kind: max(answers.values()) for kind, answers in kinds.items()}
+    shares = {f"exact_match_{kind}": 100 * right[kind] / answers.total() for kind, answers in kinds.items()}
+    return {"exact_match": 100 * sum(right.values()) / len(questions), **shares}
 
 
 def ship(out: Path, to: Path, *, seed: int, command: str) -> Path:
@@ -80,18 +73,20 @@ def ship(out: Path, to: Path, *, seed: int, command: str) -> Path:
         (to / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, to / name)
         files[name] = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "bytes": path.stat().st_size}
-    seconds = {line["step"]: line["seconds"] for line in _lines(out / "seconds.jsonl")}
+    seconds: dict[str, float] = {}
+    for line in read_record(out / RECORD):  # of a step that was stopped, all its parts
+        seconds[line["step"]] = round(seconds.get(line["step"], 0) + line["seconds"], 1)
     manifest = {
         "command": command,
         "seed": seed,
         "files": files,
         "figures": figures(out),
-        "frozen_unchanged": unchanged_parts(out),
         "seconds": seconds,
     }
     (to / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     return to / MANIFEST
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    yield from map(json.loads, path.read_text().splitlines())
+def read_record(path: Path) -> list[dict[str, Any]]:
+    """What `make tiny` wrote of each step that it ran: ``step``, ``seconds`` and exit ``code``."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -57,7 +57,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "demo_page": {"errors", "data"},
     "demo_questions": {"errors", "data", "evaluate", "train", "demo_page"},
     "tiny": {"errors", "data", "tiny_report"},
-    "tiny_report": {"errors", "checkpoint", "train"},
+    "tiny_report": {"errors"},
     "__main__": {"cli"},
     "": {"api"},  # mgpt4_jax/__init__.py
 }

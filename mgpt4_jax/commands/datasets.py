@@ -141,6 +141,8 @@ def _shapes(arguments: Namespace) -> int:
 
     if arguments.out.exists():  # said here, as there is no --overwrite to advise
         raise UserError(f"{arguments.out}: exists already; choose another name")
+    if arguments.seed < 0:
+        raise UserError(f"--seed {arguments.seed}: must be 0 or more")
     sizes = Sizes(**{field.name: arguments[field.name] for field in dataclasses.fields(Sizes)})
     with new_directory(arguments.out) as partial, progress("drawing") as report:
         write_world(partial, seed=arguments.seed, sizes=sizes, report=report)

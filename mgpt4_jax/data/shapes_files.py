@@ -32,10 +32,13 @@ from PIL import Image
 
 from mgpt4_jax.data import shapes_words as words
 from mgpt4_jax.data.shapes import Part, Scene, different_scenes, draw_picture, draw_scene, every_word
+from mgpt4_jax.errors import UserError
 
 VOCABULARY = 768
 AMONG = 100
 """Pairs of a file for retrieval: a picture is looked for among so many."""
+MOST_TESTS = 5_000
+"""Scenes to measure on are all different, and a tenth of all seen pairs' scenes is some 6,800."""
 _MARKS = ("<Img>", "</Img>", "###")
 _WORDS = re.compile(r"[a-z]+|[^a-z\s]")
 _PARTS = ("texts", "pairs", "curated", "test", "unseen", "singles", "facts")
@@ -63,6 +66,13 @@ class Sizes:
     curated: int = 6_000
     test: int = 500
     questions: int = 250
+
+    def __post_init__(self) -> None:
+        for name, size in vars(self).items():
+            if size < 1:
+                raise UserError(f"--{name} {size}: must be 1 or more")
+        if self.test > MOST_TESTS:
+            raise UserError(f"--test {self.test}: there are not many more different scenes; at most {MOST_TESTS:,}")
 
 
 def train_tokenizer(folder: Path, texts: Iterable[str]) -> None:
@@ -190,8 +200,8 @@ def _write_tests(folder: Path, painted: Sequence[tuple[str, Scene]], questions: 
         (folder / f"pairs_{start // AMONG}.json").write_text(json.dumps(captions[start : start + AMONG], indent=0))
     seen: list[dict[str, Any]] = []
     told: list[dict[str, Any]] = []
-    for kind in words.ASKED:
-        for number in range(questions):
+    for turn, kind in enumerate(words.ASKED):
+        for number in range(turn * questions, (turn + 1) * questions):  # where the last kind ended: all are asked about
             scene, name = scenes[number % len(scenes)], names[number % len(scenes)]
             question = words.ask(scene, rng, kind)
             asked = {"question_id": len(seen), "answer": question.answer, "answer_type": kind}

@@ -13,7 +13,7 @@ import numpy as np
 
 from mgpt4_jax.data.batching import wrap_instruction
 from mgpt4_jax.data.prompts import IMAGE, MARKED_IMAGE, VICUNA_V0, Message, chat_prompt, format_prompt
-from mgpt4_jax.data.shapes import COLOURS, HELD_OUT, PLACES, SHAPES, SIZES, Scene, Thing
+from mgpt4_jax.data.shapes import COLOURS, HELD_OUT, PLACES, SHAPES, SIZES, Scene, Thing, part_of
 
 NUMBERS = ("no", "one", "two", "three")
 DESCRIBE = (
@@ -80,6 +80,11 @@ def _shuffled(scene: Scene, rng: np.random.Generator) -> list[Thing]:
 # --- questions ----------------------------------------------------------------------------------------------
 
 
+def _unnamed(scene: Scene) -> frozenset[tuple[str, str]]:
+    """Pairs of colour and shape that no question about a scene names: unseen ones, unless it shows one itself."""
+    return frozenset() if part_of(scene) == "unseen" else HELD_OUT
+
+
 def _colour(scene: Scene, rng: np.random.Generator) -> Question:
     thing = scene[int(rng.integers(len(scene)))]
     text = pick(rng, (f"what colour is the {thing.shape}?", f"which colour does the {thing.shape} have?"))
@@ -109,7 +114,7 @@ def _existence(scene: Scene, rng: np.random.Generator) -> Question:
     colour, shape, answer = thing.colour, thing.shape, "yes"
     if rng.random() < 0.5:
         there, answer = {(thing.colour, thing.shape) for thing in scene}, "no"
-        while (colour, shape) in there | HELD_OUT:
+        while (colour, shape) in there | _unnamed(scene):
             colour = thing.colour if rng.random() < 0.4 else pick(rng, list(COLOURS))
             shape = thing.shape if rng.random() < 0.4 else pick(rng, SHAPES)
     which = f"a {colour} {shape}"
@@ -133,7 +138,7 @@ def _check(scene: Scene, rng: np.random.Generator) -> Question:
     said, answer = true, "yes"
     if rng.random() < 0.5:
         said, answer = pick(rng, [option for option in options if option != true]), "no"
-        if (said, thing.shape) in HELD_OUT:
+        if (said, thing.shape) in _unnamed(scene):
             said, answer = true, "yes"
     return Question("check", form.format(thing.shape, said), answer)
 

@@ -182,6 +182,7 @@ class _Trainer:
             if self.checkpoints.last_saved != done:
                 self._save(done)
             self.checkpoints.wait()
+            self._compare_frozen(done)
             self._finish(done)
         return Outcome(done, signals.received if done < total else None, self.validation_loss)
 
@@ -326,6 +327,17 @@ class _Trainer:
             self._settle()
             jax.profiler.stop_trace()
             self.say(f"profile of steps {first} to {step}: {self.run / 'profile'}")
+
+    def _compare_frozen(self, done: int) -> None:
+        """What a run does not train is at its end, to the bit, what it was at its beginning; the log says so."""
+        now = fingerprint(self.frozen)
+        if altered := [path for path, digits in self.about["frozen"].items() if now[path] != digits]:
+            raise TrainingStopped(
+                f"step {done}: the frozen parameter {altered[0]} is not what it was when the run began, which no step "
+                f"can do; {self.checkpoints.last_good()}, and may be spoilt too; test this machine's memory"
+            )
+        if now:
+            self.monitor.event(done, f"{len(now)} frozen parameters are to the bit as they were at the beginning")
 
     def _finish(self, done: int) -> None:
         """The trained model and the curves; all is saved already."""

@@ -95,7 +95,7 @@ def test_answers_are_true(kind: str) -> None:
             holds = said in (thing.size, thing.colour, thing.place)
             assert question.answer == ("yes" if holds else "no")
         else:
-            thing = about[0] if about else next(t for t in scene if t.place in question.text)
+            [thing] = about
             assert question.answer == getattr(thing, kind)
     if kind in ("existence", "check"):
         assert 0.35 < answers["yes"] / 200 < 0.65
@@ -132,11 +132,26 @@ def test_chats_begin_as_the_chat_template_does() -> None:
     assert {text.count("###Human:") for text in texts} == {1, words.TURNS_IN_CHAT}
 
 
+def _named(text: str) -> list[tuple[str, str]]:
+    """The held-out pairs in a text, in any of the ways in which words are put: "is the star red?" is one."""
+    forms = ("{0} {1}", "{0}-{1}", "the {1} {0}", "the {1} is {0}", "the {0} thing is {1}")
+    return [pair for pair in HELD_OUT if any(form.format(*pair) in text for form in forms)]
+
+
 def test_no_text_names_a_held_out_pair() -> None:
     rng = np.random.default_rng(4)
-    kinds = (words.statement, words.talk, words.told_facts, words.chat)
-    texts = " ".join(write(draw_scene(rng), rng) for _ in range(200) for write in kinds)
-    assert not [pair for pair in HELD_OUT if " ".join(pair) in texts or "-".join(pair) in texts]
+    writers = (words.statement, words.talk, words.told_facts, words.chat, words.caption, words.facts)
+    for _ in range(400):
+        scene = draw_scene(rng)
+        texts = [*(write(scene, rng) for write in writers), *(words.ask(scene, rng, kind).text for kind in words.KINDS)]
+        assert not [pair for text in texts for pair in _named(text)]
+
+
+@pytest.mark.parametrize("kind", ["existence", "check"])
+def test_of_unseen_scenes_unseen_pairs_are_denied_too(kind: str) -> None:
+    rng = np.random.default_rng(8)
+    asked = [words.ask(draw_scene(rng, "unseen"), rng, kind) for _ in range(800)]
+    assert {question.answer for question in asked if _named(question.text)} == {"yes", "no"}
 
 
 def test_the_files_of_a_world(world: Path) -> None:
@@ -153,6 +168,7 @@ def test_the_files_of_a_world(world: Path) -> None:
         told = json.loads((world / part / "questions_in_words.json").read_text())
         assert Counter(entry["answer_type"] for entry in asked) == dict.fromkeys(words.ASKED, 6)
         assert [entry["answer"] for entry in asked] == [entry["answer"] for entry in told]
+        assert len({entry["image"] for entry in asked}) == 5  # every scene
         assert all((world / part / "images" / entry["image"]).is_file() for entry in asked)
         captions = json.loads((world / part / "captions.json").read_text())
         described = json.loads((world / part / "captions_in_words.json").read_text())
@@ -197,3 +213,19 @@ def test_a_world_that_was_stopped_half_way_is_begun_again(tmp_path: Path) -> Non
     (tmp_path / "world.partial" / "pairs").mkdir(parents=True)
     assert main(["data", "shapes", "--out", str(tmp_path / "world"), *SIZES]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["world"]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["--pairs", "0"], "--pairs 0: must be 1 or more"),
+        (["--test", "7000"], "--test 7000: there are not many more different scenes; at most 5,000"),
+        (["--seed", "-1"], "--seed -1: must be 0 or more"),
+    ],
+)
+def test_sizes_that_no_world_has(
+    given: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["data", "shapes", "--out", str(tmp_path / "world"), *given]) == 2
+    assert expected in capsys.readouterr().err
+    assert not (tmp_path / "world").exists()

@@ -24,6 +24,7 @@ from recovery.runs import (
 )
 from train.world import write_tiny_model
 
+from mgpt4_jax.train import loop
 from mgpt4_jax.train.run import FIXED, run_directory
 from mgpt4_jax.train.run_log import read_log, read_losses
 
@@ -240,6 +241,27 @@ def test_other_frozen_weights(world: World, stopped: Path, tmp_path: Path, capsy
     assert message.startswith(f"{other}: the frozen parameter llama/")
     assert "is not the one this run began with" in message
     assert contents(stopped) == before
+
+
+def test_frozen_weights_that_changed(
+    world: World, stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By their last bits, as memory may do: the run does not end well."""
+    compare = loop._Trainer._compare_frozen
+
+    def after_damage(trainer: loop._Trainer, done: int) -> None:
+        weight = trainer.frozen["vit"]["pos_embed"]
+        trainer.frozen["vit"]["pos_embed"] = weight.at[..., 1].set(np.nextafter(weight[..., 1], np.inf))
+        compare(trainer, done)
+
+    run = copy(stopped, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Trainer, "_compare_frozen", after_damage)
+        assert world.start(run) == 2
+    message = error_line(capsys.readouterr().err)
+    assert message.startswith("step 20: the frozen parameter vit/pos_embed is not what it was when the run began")
+    assert world.start(run) == 0
+    assert any(text.endswith("frozen parameters are to the bit as they were at the beginning") for text in events(run))
 
 
 def test_a_second_trainer_in_the_directory(world: World, stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
