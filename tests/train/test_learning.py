@@ -108,9 +108,10 @@ def test_what_was_stopped_goes_on(runs: Path, stopped_at: int) -> None:
     assert 5 <= stopped_at < STEPS[1]
     assert sum(len(record.get("losses", ())) for record in records) == len(read_losses(runs / "seen1" / "log.jsonl"))
     assert list(read_losses(runs / "seen1" / "log.jsonl")) == list(range(1, STEPS[1] + 1))
-    assert [record["text"] for record in records if record["kind"] == "event"] == [
-        f"goes on from checkpoint {stopped_at}"
-    ]
+    told = [record["text"] for record in records if record["kind"] == "event"]
+    assert told[1] == f"goes on from checkpoint {stopped_at}"
+    assert told[0] == told[2] and told[0].endswith("frozen parameters are to the bit as they were at the beginning")
+    assert len(told) == 3
 
 
 @pytest.mark.parametrize("stage", [1, 2])
