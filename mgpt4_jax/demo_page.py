@@ -12,8 +12,9 @@ from mgpt4_jax.data.page_shell import as_text, render_picture, render_shell, wri
 LEGEND = (
     "All are percent but CIDEr. test: pictures never seen, of pairs of colour and shape that were; unseen: of pairs "
     "that were not. align: after captions alone; finetune: after instructions; alone: without BLIP-2's stage 2; blind: "
-    "shown the mean picture; in words: the language model, told the scene. r1: found first among 100, by similarity "
-    "(itc) or matched again; named: of all things in the pictures."
+    "shown the mean picture; in words: the language model, told the scene; constant: always the most "
+    "frequent answer. r1: found first among 100, by similarity (itc) or matched again; named: of all things in the "
+    "pictures."
 )
 LONG = 30  # letters of an answer that is not set bold
 _STYLE = """

@@ -59,7 +59,7 @@ def constant_answers(questions: Sequence[Mapping[str, Any]]) -> dict[str, float]
     for question in questions:
         kinds.setdefault(question["answer_type"], Counter())[question["answer"]] += 1
     right = {kind: max(answers.values()) for kind, answers in kinds.items()}
-    shares = {f"exact_match_{kind}": 100 * right[kind] / answers.total() for kind, answers in kinds.items()}
+    shares = {f"exact_match_{kind}": 100 * right[kind] / kinds[kind].total() for kind in sorted(kinds)}
     return {"exact_match": 100 * sum(right.values()) / len(questions), **shares}
 
 
