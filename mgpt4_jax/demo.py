@@ -27,7 +27,7 @@ from mgpt4_jax.demo_page import Answer, Findings, Query, write_page
 from mgpt4_jax.demo_questions import choose_queries, choose_questions, judge, read_hits, steps_done
 from mgpt4_jax.errors import UserError
 from mgpt4_jax.tiny import CONFIGS, ROOT, TEMPLATE
-from mgpt4_jax.tiny_report import MANIFEST, SHIPPED
+from mgpt4_jax.tiny_report import MANIFEST, SHIPPED, sources
 
 MARK = ".made-by-make-demo"  # a folder with it may be replaced
 SEED = 20_26  # of the pictures; whatever it is, no scene of their test part was learnt from
@@ -121,10 +121,8 @@ class Demo:
         self.commands: list[str] = []
         self.manifest = read_manifest(weights)
         self.tokenizer = weights / "qformer_tokenizer"
-        vision = {"--vit": weights / "eva_vit_g.pth"}
-        self.pairs = vision | {"--qformer": weights / "blip2_pretrained.pth"}
-        self.parts = vision | {"--qformer": weights / "blip2_pretrained_stage2.pth", "--llm": weights / "llm"}
-        self.whole = self.parts | {"--projection": weights / "pretrained_minigpt4.pth"}
+        self.whole, self.pairs = sources(weights)
+        self.parts = {option: path for option, path in self.whole.items() if option != "--projection"}
 
     def run_all(self) -> None:
         make_room(self.out)

@@ -23,7 +23,8 @@ CROSSED = {"query": 2.5, "key": 2.5, "value": 1.8, "out": 1.8}
 """How much stronger cross-attention begins: then the queries tell pictures apart from the first step on."""
 PLACED = 3.0
 """How strong the places of patches begin, beside what is seen there: a tower that is asked for things keeps little of
-them, and a language model that reads it then never finds where a thing was."""
+them, and a language model that reads it then never finds where a thing was. Louder still,
+and matching learns slowly."""
 DEEP = 0.3
 """How much weaker what a block adds begins: what comes out is what went in, and a little of its surroundings."""
 

@@ -30,6 +30,14 @@ MANIFEST = "manifest.json"
 RECORD = "seconds.jsonl"
 
 
+def sources(folder: Path) -> tuple[dict[str, Path], dict[str, Path]]:
+    """What `mgpt4 convert` and `mgpt4 verify` are given of shipped files, by option: of MiniGPT-4, and of BLIP-2."""
+    vision = {"--vit": folder / "eva_vit_g.pth"}
+    talks = {"--qformer": folder / "blip2_pretrained_stage2.pth", "--llm": folder / "llm"}
+    projects = {"--projection": folder / "pretrained_minigpt4.pth"}
+    return vision | talks | projects, vision | {"--qformer": folder / "blip2_pretrained.pth"}
+
+
 def figures(out: Path) -> dict[str, Any]:
     """All scores of a run in ``out``, in percent: retrieval as the mean over its files of 100 pairs.
 

@@ -22,7 +22,7 @@ from mgpt4_jax.cli import main
 from mgpt4_jax.data.shapes_words import DESCRIBE
 from mgpt4_jax.models import build
 from mgpt4_jax.tiny import CONFIGS, RANKED_AGAIN, ROOT, TEMPLATE
-from mgpt4_jax.tiny_report import SHIPPED
+from mgpt4_jax.tiny_report import SHIPPED, sources
 
 TINY = ROOT / "tiny"
 MANIFEST = json.loads((TINY / "manifest.json").read_text())
@@ -31,10 +31,8 @@ POINTS = 1.0  # percent: processors round differently, and a few answers lie on 
 MARGIN = 30.0  # percent, by which a short training of a new projection must beat the mean picture
 LITTLE_TO_LEARN = ["--texts", "50", "--singles", "10", "--pairs", "60", "--curated", "3000"]
 OVERRIDES = ["--overrides", str(CONFIGS / "overrides.yaml")]
-VISION = ["--vit", str(TINY / "eva_vit_g.pth")]
-PAIRS = [*VISION, "--qformer", str(TINY / "blip2_pretrained.pth")]
-PARTS = [*VISION, "--qformer", str(TINY / "blip2_pretrained_stage2.pth"), "--llm", str(TINY / "llm")]
-WHOLE = [*PARTS, "--projection", str(TINY / "pretrained_minigpt4.pth")]
+WHOLE, PAIRS = ([str(word) for pair in given.items() for word in pair] for given in sources(TINY))
+PARTS = WHOLE[: WHOLE.index("--projection")]
 
 
 @pytest.fixture(scope="module")
