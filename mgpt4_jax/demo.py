@@ -165,9 +165,9 @@ class Demo:
         self.run("convert", *options(self.whole), *known, *talks, "--out", self.model)
         self.run("convert", *options(self.pairs), *known, *reads, "--out", self.retrieval)
         verified = {}
-        for model, sources in ((self.model, self.whole), (self.retrieval, self.pairs)):
+        for model, given in ((self.model, self.whole), (self.retrieval, self.pairs)):
             table = self.out / f"verify-{model.name}.json"
-            self.run("verify", model, *options(sources), "--json", table)
+            self.run("verify", model, *options(given), "--json", table)
             verified[model.name] = json.loads(table.read_text())
         return verified
 
