@@ -15,16 +15,13 @@ from mgpt4_jax.checkpoint import flatten, is_stacked, nest, new_directory, write
 from mgpt4_jax.config import ModelConfig
 from mgpt4_jax.data.prompts import get_template
 from mgpt4_jax.data.text import copy_tokenizer, load_bert_tokenizer, load_llama_tokenizer
+from mgpt4_jax.errors import UserError
 from mgpt4_jax.models import abstract_params, num_parameters
 from mgpt4_jax.typing import Params
 
 TEMPERATURE = 0.07
 CROSSED = {"query": 2.5, "key": 2.5, "value": 1.8, "out": 1.8}
 """How much stronger cross-attention begins: then the queries tell pictures apart from the first step on."""
-PLACED = 3.0
-"""How strong the places of patches begin, beside what is seen there: a tower that is asked for things keeps little of
-them, and a language model that reads it then never finds where a thing was. Louder still,
-and matching learns slowly."""
 DEEP = 0.3
 """How much weaker what a block adds begins: what comes out is what went in, and a little of its surroundings."""
 
@@ -37,9 +34,29 @@ def init_model(
     template: str = "none",
     tokenizer: Path | str | None = None,
     qformer_tokenizer: Path | str | None = None,
+    places: float | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write a random model of ``config`` as a model directory, with copies of its tokenisers."""
+    """Write a random model of ``config`` as a model directory, with copies of its tokenisers.
+
+    Args:
+      config: the parts; a tokeniser is of those it goes with.
+      out: the directory, which must not exist unless ``overwrite``.
+      seed: of the random numbers.
+      template: conversation template, kept with the model.
+      tokenizer: directory of the language model's.
+      qformer_tokenizer: directory with BERT's ``vocab.txt``.
+      places: standard deviation of ``vit/pos_embed``; None: one over the root of the width, as of other embeddings. A
+        tower that is asked only for what is seen keeps little of where; louder places last longer in it.
+      overwrite: replace what is at ``out``.
+
+    Raises:
+      UserError: ``places`` is no positive number, or the model has no tower; a tokeniser cannot be read.
+    """
+    if places is not None and not 0 < places < float("inf"):
+        raise UserError(f"--places {places}: must be a positive number, for example 3")
+    if places is not None and config.vit is None:
+        raise UserError(f"--places {places}: a model '{config.architecture}' has no vision tower; leave it away")
     fields = {"config": config, "template": get_template(template).name, "num_parameters": num_parameters(config)}
     with new_directory(out, overwrite=overwrite) as partial:
         if tokenizer is not None:
@@ -48,11 +65,11 @@ def init_model(
         if qformer_tokenizer is not None:
             load_bert_tokenizer(qformer_tokenizer)
             copy_tokenizer(qformer_tokenizer, partial / "qformer_tokenizer")
-        write_model(partial, initial_params(config, seed), fields)
+        write_model(partial, initial_params(config, seed, places), fields)
     return Path(out)
 
 
-def initial_params(config: ModelConfig, seed: int) -> Params:
+def initial_params(config: ModelConfig, seed: int, places: float | None = None) -> Params:
     """Float32 leaves; the numbers of a leaf depend on the seed and on the leaves before it."""
     rng = np.random.default_rng(seed)
 
@@ -64,7 +81,8 @@ def initial_params(config: ModelConfig, seed: int) -> Params:
             return np.ones(shape, np.float32)
         if name in ("bias", "q_bias", "v_bias"):
             return np.zeros(shape, np.float32)
-        return rng.normal(size=shape).astype(np.float32) * np.float32(spread(path, shape))
+        deviation = places if places and path == "vit/pos_embed" else spread(path, shape)
+        return rng.normal(size=shape).astype(np.float32) * np.float32(deviation)
 
     return nest({path: draw(path, leaf.shape) for path, leaf in flatten(abstract_params(config)).items()})
 
@@ -72,8 +90,6 @@ def initial_params(config: ModelConfig, seed: int) -> Params:
 def spread(path: str, shape: tuple[int, ...]) -> float:
     """The standard deviation of a matrix: one over the root of how many numbers are summed."""
     *_, part, name = path.split("/")
-    if path == "vit/pos_embed":
-        return PLACED
     if path == "llama/embed_tokens/embedding":
         return 1.0  # what is read counts as much as what the blocks make of it
     if name != "kernel":

@@ -13,7 +13,8 @@ from train.world import TOKENIZER
 from mgpt4_jax.checkpoint import flatten, read_leaf, read_manifest
 from mgpt4_jax.cli import main
 from mgpt4_jax.config import ModelConfig, model_config_to_dict
-from mgpt4_jax.initial import CROSSED, DEEP, initial_params, spread
+from mgpt4_jax.errors import UserError
+from mgpt4_jax.initial import CROSSED, DEEP, init_model, initial_params, spread
 from mgpt4_jax.models import abstract_params
 
 
@@ -34,6 +35,31 @@ def test_a_seed_is_a_model() -> None:
     first, second, other = (flatten(initial_params(MINIGPT4, seed)) for seed in (1, 1, 2))
     assert all(np.array_equal(leaf, second[path]) for path, leaf in first.items())
     assert not np.array_equal(first["projection/kernel"], other["projection/kernel"])
+
+
+def test_places_are_as_loud_as_asked_for(tmp_path: Path) -> None:
+    """Nothing else changes with them: the other numbers are drawn alike."""
+    plain, louder = (flatten(initial_params(MINIGPT4, 0, places)) for places in (None, 3.0))
+    width = plain["vit/pos_embed"].shape[-1]
+    assert np.std(plain["vit/pos_embed"]) == pytest.approx(width**-0.5, rel=0.1)
+    np.testing.assert_allclose(louder["vit/pos_embed"], plain["vit/pos_embed"] * 3 * width**0.5, rtol=1e-6)
+    assert all(np.array_equal(leaf, louder[path]) for path, leaf in plain.items() if path != "vit/pos_embed")
+    written = init_model(MINIGPT4, tmp_path / "model", places=3.0)
+    assert np.array_equal(read_leaf(written, "vit/pos_embed"), louder["vit/pos_embed"])
+
+
+@pytest.mark.parametrize(
+    ("places", "config", "message"),
+    [
+        (-1.0, MINIGPT4, "must be a positive number"),
+        (float("nan"), MINIGPT4, "must be a positive number"),
+        (3.0, ModelConfig("llama", llama=LLAMA), "has no vision tower"),
+    ],
+)
+def test_places_that_cannot_be(places: float, config: ModelConfig, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"--places {places}.*{message}"):
+        init_model(config, tmp_path / "model", places=places)
+    assert not (tmp_path / "model").exists()
 
 
 def test_the_command_writes_a_model_with_its_tokeniser(tmp_path: Path) -> None:
