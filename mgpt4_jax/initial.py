@@ -22,6 +22,8 @@ from mgpt4_jax.typing import Params
 TEMPERATURE = 0.07
 CROSSED = {"query": 2.5, "key": 2.5, "value": 1.8, "out": 1.8}
 """How much stronger cross-attention begins: then the queries tell pictures apart from the first step on."""
+PLACED = 1.0
+"""How strong the places of patches begin: they count as much as what is seen there."""
 DEEP = 0.3
 """How much weaker what a block adds begins: what comes out is what went in, and a little of its surroundings."""
 
@@ -34,29 +36,20 @@ def init_model(
     template: str = "none",
     tokenizer: Path | str | None = None,
     qformer_tokenizer: Path | str | None = None,
-    places: float | None = None,
+    places: float = PLACED,
     overwrite: bool = False,
 ) -> Path:
     """Write a random model of ``config`` as a model directory, with copies of its tokenisers.
 
     Args:
-      config: the parts; a tokeniser is of those it goes with.
-      out: the directory, which must not exist unless ``overwrite``.
-      seed: of the random numbers.
-      template: conversation template, kept with the model.
-      tokenizer: directory of the language model's.
-      qformer_tokenizer: directory with BERT's ``vocab.txt``.
-      places: standard deviation of ``vit/pos_embed``; None: one over the root of the width, as of other embeddings. A
-        tower that is asked only for what is seen keeps little of where; louder places last longer in it.
-      overwrite: replace what is at ``out``.
+      places: standard deviation of ``vit/pos_embed``. A tower that is asked for things keeps little of where they are;
+        louder places last longer in it.
 
     Raises:
-      UserError: ``places`` is no positive number, or the model has no tower; a tokeniser cannot be read.
+      UserError: ``places`` is no positive number, or a tokeniser cannot be read.
     """
-    if places is not None and not 0 < places < float("inf"):
+    if not 0 < places < float("inf"):
         raise UserError(f"--places {places}: must be a positive number, for example 3")
-    if places is not None and config.vit is None:
-        raise UserError(f"--places {places}: a model '{config.architecture}' has no vision tower; leave it away")
     fields = {"config": config, "template": get_template(template).name, "num_parameters": num_parameters(config)}
     with new_directory(out, overwrite=overwrite) as partial:
         if tokenizer is not None:
@@ -69,7 +62,7 @@ def init_model(
     return Path(out)
 
 
-def initial_params(config: ModelConfig, seed: int, places: float | None = None) -> Params:
+def initial_params(config: ModelConfig, seed: int, places: float = PLACED) -> Params:
     """Float32 leaves; the numbers of a leaf depend on the seed and on the leaves before it."""
     rng = np.random.default_rng(seed)
 
@@ -81,7 +74,7 @@ def initial_params(config: ModelConfig, seed: int, places: float | None = None) 
             return np.ones(shape, np.float32)
         if name in ("bias", "q_bias", "v_bias"):
             return np.zeros(shape, np.float32)
-        deviation = places if places and path == "vit/pos_embed" else spread(path, shape)
+        deviation = places if path == "vit/pos_embed" else spread(path, shape)
         return rng.normal(size=shape).astype(np.float32) * np.float32(deviation)
 
     return nest({path: draw(path, leaf.shape) for path, leaf in flatten(abstract_params(config)).items()})

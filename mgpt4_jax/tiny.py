@@ -13,7 +13,9 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -138,42 +140,74 @@ def same_recipe(out: Path, seed: int) -> None:
         raise UserError(f"{out}: was begun with {what}; give that again, or choose another --out")
 
 
-def run(steps: Iterator[Step], record: Path) -> None:
-    """Run what did not come to its end yet; ``record`` gets how each ended, and after how long.
+def run(steps: Iterable[Step], record: Path, jobs: int = 1) -> None:
+    """Run what did not come to its end yet, up to ``jobs`` steps at once; ``record`` gets how each ended, and when.
 
     A result that is there is whole; only of a training it does not tell the end: one that was stopped leaves a model.
     """
     done = {line["step"] for line in read_record(record) if line["code"] == 0}
-    for step in steps:
-        if step.result.exists() and (step.title in done or step.words[0] != "train"):
-            continue
-        print(f"\n== {step.title}\n$ mgpt4 {shlex.join(step.words)}", flush=True)
-        start, code = time.monotonic(), INTERRUPTED
-        child = subprocess.Popen([sys.executable, "-m", "mgpt4_jax.cli", *step.words])
-        try:
-            code = child.wait()
-        finally:
-            child.wait()  # Ctrl-C reached it as well: a training saves before it ends
-            seconds = round(time.monotonic() - start, 1)
-            with record.open("a") as file:
-                file.write(json.dumps({"step": step.title, "seconds": seconds, "code": code}) + "\n")
-        if code:
-            raise UserError(f"{step.title}: ended with {code}; the same line again goes on from here")
+    waiting = [
+        step for step in steps if not (step.result.exists() and (step.title in done or step.words[0] != "train"))
+    ]
+    running: dict[Future[None], Step] = {}
+    with ThreadPoolExecutor(jobs) as pool:  # whose end is that of every step that began
+        while waiting or running:
+            for step in ready(waiting, list(running.values()))[: jobs - len(running)]:
+                waiting.remove(step)
+                running[pool.submit(_perform, step, record, quiet=jobs > 1)] = step
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                del running[future]
+                future.result()
+
+
+def ready(waiting: list[Step], running: list[Step]) -> list[Step]:
+    """Those of ``waiting`` that name no result of a step before them that has not ended."""
+    return [
+        step
+        for at, step in enumerate(waiting)
+        if not any(str(other.result) in word for other in (*running, *waiting[:at]) for word in step.words)
+    ]
+
+
+def _perform(step: Step, record: Path, *, quiet: bool) -> None:
+    """Run one step; if ``quiet``, what it prints goes to a file beside ``record``.
+
+    Raises:
+      UserError: it did not come to its end.
+    """
+    log = record.parent / "logs" / f"{step.title.replace(' ', '-')}.log"
+    where = f" ({log})" if quiet else ""
+    print(f"\n== {step.title}{where}\n$ mgpt4 {shlex.join(step.words)}", flush=True)
+    start = time.monotonic()
+    log.parent.mkdir(exist_ok=True)
+    with log.open("a") if quiet else nullcontext() as output:
+        child = subprocess.Popen([sys.executable, "-m", "mgpt4_jax.cli", *step.words], stdout=output, stderr=output)
+        code = child.wait()  # Ctrl-C reaches it as well: a training saves before it ends
+    seconds = round(time.monotonic() - start, 1)
+    with record.open("a") as file:
+        file.write(json.dumps({"step": step.title, "seconds": seconds, "code": code}) + "\n")
+    if code:
+        raise UserError(f"{step.title}: ended with {code}{where}; the same line again goes on from here")
+    if quiet:
+        print(f"\n== {step.title}: done after {seconds:.0f} seconds", flush=True)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make tiny ARGS=...", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="where everything goes (runs/tiny)")
     parser.add_argument("--seed", type=int, default=0, help="of the world, the first weights and the runs (0)")
+    parser.add_argument("--jobs", type=int, default=1, help="steps at once: 2 where there are two cores (1)")
     parser.add_argument("--ship", type=Path, help="copy the exported files there, with their manifest")
     arguments = parser.parse_args()
     out, seed = arguments.out, arguments.seed
+    if arguments.jobs < 1:
+        parser.error(f"--jobs {arguments.jobs}: must be 1 or more")
     try:
         for folder in filter(None, (out, arguments.ship)):  # said now, not after an hour
             folder.mkdir(parents=True, exist_ok=True)
         same_recipe(out, seed)
-        run(recipe(out, seed), out / RECORD)
-        run(evaluations(out), out / RECORD)
+        run(recipe(out, seed), out / RECORD, arguments.jobs)
+        run(evaluations(out), out / RECORD, arguments.jobs)
         print(json.dumps(figures(out), indent=1))
         if arguments.ship is not None:
             print(ship(out, arguments.ship, seed=seed, command=f"make tiny ARGS='--seed {seed}'"))

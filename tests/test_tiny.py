@@ -16,7 +16,7 @@ import pytest
 
 from mgpt4_jax import tiny
 from mgpt4_jax.errors import UserError
-from mgpt4_jax.tiny import Step, evaluations, recipe, run, same_recipe
+from mgpt4_jax.tiny import Step, evaluations, ready, recipe, run, same_recipe
 from mgpt4_jax.tiny_report import RECORD, SHIPPED, constant_answers, figures, read_record, ship
 
 
@@ -69,6 +69,37 @@ def test_what_came_to_its_end_is_passed_over(tmp_path: Path, program: Callable[[
     program("exit 9")
     run(iter(steps_of(tmp_path)), record)
     assert len(read_record(record)) == 2
+
+
+def test_steps_that_do_not_need_each_other_run_side_by_side(
+    tmp_path: Path, program: Callable[[str], None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of two jobs, one waits here until the other has begun; what needs a step runs after it, whatever is free."""
+    first, second, third = (tmp_path / name for name in "abc")
+    steps = [
+        Step("join a", ["join", str(first)], first),
+        Step("use a", ["join", str(second), str(first)], second),
+        Step("join c", ["join", str(third)], third),
+    ]
+    other = (
+        f'case "$4" in {first}) until [ -d {third} ]; do sleep 0.05; done;; {second}) [ -d {first} ] || exit 7;; esac'
+    )
+    program(f'{other}; echo "makes $4"; mkdir "$4"')
+    run(iter(steps), tmp_path / RECORD, jobs=2)
+    ended = [line["step"] for line in read_record(tmp_path / RECORD)]
+    assert sorted(ended[:2]) == ["join a", "join c"] and ended[2:] == ["use a"]
+    assert "makes" not in capfd.readouterr().out
+    assert (tmp_path / "logs" / "join-a.log").read_text() == f"makes {first}\n"
+
+
+def test_what_the_recipe_can_do_at_once(tmp_path: Path) -> None:
+    """Language model and picture side, and later the projection alone, need nothing of each other."""
+    waiting, at_once = list(recipe(tmp_path, 0)), []
+    while waiting:
+        at_once.append([step.title for step in ready(waiting, [])])
+        waiting = [step for step in waiting if step.title not in at_once[-1]]
+    assert at_once[:3] == [["draw the world"], ["begin llm", "begin blip2"], ["train llm", "train vision"]]
+    assert ["join stage2", "join alone"] in at_once
 
 
 def test_a_training_that_was_stopped_goes_on(tmp_path: Path, program: Callable[[str], None]) -> None:

@@ -88,7 +88,7 @@ def _add_init(parser: ArgumentParser) -> None:
     parser.add_argument("--template", default="none", help="conversation template: vicuna_v0, llama2, ... (none)")
     parser.add_argument("--tokenizer", type=Path, help="directory of the language model's tokeniser")
     parser.add_argument("--qformer-tokenizer", type=Path, help="directory with BERT's vocab.txt")
-    parser.add_argument("--places", type=float, help="spread of the vision tower's places (1 / root of its width)")
+    parser.add_argument("--places", type=float, default=1.0, help="how strong the tower's places begin (1)")
     parser.add_argument("--overwrite", action="store_true", help="replace the model directory")
 
 
