@@ -232,7 +232,7 @@ def _figures(found: Findings) -> str:
     made = [f"made by `{manifest['command']}`"] if "command" in manifest else []
     made += [f"seed {manifest['seed']}"] if "seed" in manifest else []
     if seconds := manifest.get("seconds"):
-        made.append(f"in {sum(seconds.values()) / 60:.0f} minutes")
+        made.append(f"its steps took {sum(seconds.values()) / 60:.0f} minutes together")
     note = "As their manifest records it" + "".join(f"; {as_text(part)}" for part in made) + f". {LEGEND}"
     tables = "\n".join(_table(head, rows) for head, rows in pivot(dict(flatten(manifest["figures"]))))
     return f'<h2>What the shipped weights reach</h2>\n<p class="dim">{note}</p>\n{tables}'

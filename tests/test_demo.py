@@ -108,7 +108,7 @@ def test_figures_are_shown_where_there_are_some(found: Findings) -> None:
     figures = {"test/itc": 98.254, "test/finetune/exact_match": 88.5, "test/finetune/exact_match_size": 90}
     manifest = {"figures": figures, "seed": 3, "command": "make <tiny>", "seconds": {"llm": 61.0, "vision": 59.0}}
     page = Page(render_page(replace(found, manifest=manifest)))
-    assert "made by `make <tiny>`; seed 3; in 2 minutes. All are" in page.text
+    assert "made by `make <tiny>`; seed 3; its steps took 2 minutes together. All are" in page.text
     assert "test · finetune" in page.text and "98.25" in page.text
 
 
