@@ -45,7 +45,7 @@ prove: $(READY)  ## true sizes: convert 7B, verify a ViT-g; needs 45 GB: ARGS="-
 learn: $(READY)  ## pre-train a small Q-Former in minutes, and find held-out pictures; ARGS="--seed 1"
 	PYTHONPATH=tests $(BIN)/python -m train.learn_pairs $(ARGS)
 
-tiny: $(READY)  ## train a small MiniGPT-4 from nothing, stage by stage, and measure it; an hour or two
+tiny: $(READY)  ## train a small MiniGPT-4 from nothing, stage by stage, and measure it; an hour: ARGS="--jobs 2"
 	$(BIN)/python -m mgpt4_jax.tiny $(ARGS)
 
 clean:  ## remove the environment, the caches and what builds leave
