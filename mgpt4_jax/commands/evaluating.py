@@ -51,6 +51,13 @@ def _add_eval(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--batch-size", type=int, help="of perplexity: rows measured together (8 for each device)")
     parser.add_argument("--k", type=int, default=128, help="of retrieval: how many of each row are matched (128)")
+    parser.add_argument(
+        "--similarity-weight",
+        type=float,
+        default=1.0,
+        help="of retrieval: what the similarity counts beside the matching logit (1, as LAVIS; the logit of "
+        "contrast has one over the temperature)",
+    )
     parser.add_argument("--examples", type=int, default=24, help="on the page (24)")
     parser.add_argument("--slots", type=int, help="rows decoded together, a power of two (8 on a CPU, else 32)")
     _add_sampling(parser, temperature="0", top_p="1", penalty="1")
@@ -60,6 +67,8 @@ def _eval(arguments: Namespace) -> int:
     for name in ("k", "examples"):
         if arguments[name] < 1:
             raise UserError(f"--{name} must be at least 1, got {arguments[name]}")
+    if not 0 <= arguments.similarity_weight < float("inf"):
+        raise UserError(f"--similarity-weight must be 0 or more, got {arguments.similarity_weight}")
     images = arguments.images or arguments.data.parent
     scores, failed = RUNS.get(arguments.task, _answer)(arguments, images)
     table = Table("metric", "value")
@@ -165,7 +174,13 @@ def _retrieve(arguments: Namespace, images: Path) -> tuple[dict[str, float], int
     open_directory(arguments.out, _settings(arguments, images=str(images), k=arguments.k, **counts))
     with progress("retrieving") as report:
         scores = run_retrieval(
-            retriever, pairs, arguments.out, k=arguments.k, examples=arguments.examples, report=report
+            retriever,
+            pairs,
+            arguments.out,
+            k=arguments.k,
+            weight=arguments.similarity_weight,
+            examples=arguments.examples,
+            report=report,
         )
     return scores, 0
 

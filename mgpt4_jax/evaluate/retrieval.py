@@ -147,10 +147,18 @@ def _best(scores: np.ndarray, k: int) -> np.ndarray:
 
 
 def rerank(
-    similarity: Float[np.ndarray, "i t"], pairs: Int[np.ndarray, "m 2"], logits: Float[np.ndarray, " m"], k: int
+    similarity: Float[np.ndarray, "i t"],
+    pairs: Int[np.ndarray, "m 2"],
+    logits: Float[np.ndarray, " m"],
+    k: int,
+    weight: float = 1.0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Scores ``[i t]`` and ``[t i]``: logit and similarity of the best ``k`` of each row, ``OUTSIDE`` for the rest."""
-    matched = similarity.copy()
+    """Scores ``[i t]`` and ``[t i]`` of the best ``k`` of each row, ``OUTSIDE`` for the rest.
+
+    A score is the matching logit and ``weight`` times the similarity: 1 is LAVIS's sum; one over the
+    temperature adds the logit of contrast, as its softmax has it.
+    """
+    matched = np.float32(weight) * similarity
     matched[pairs[:, 0], pairs[:, 1]] += logits
     to_text = np.where(_best(similarity, k), matched, np.float32(OUTSIDE))
     return to_text, np.where(_best(similarity.T, k), matched.T, np.float32(OUTSIDE))

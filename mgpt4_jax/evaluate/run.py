@@ -28,7 +28,7 @@ TITLES = {"caption": "Captions", "vqa": "Answers", "retrieval": "Retrieval"}
 NOTE = "Examples from the worst to the best: picture, answer, references."
 RETRIEVAL_NOTE = (
     "Pictures from the worst to the best: the three texts that came first, ✓ if they are the picture's own, with their "
-    "score (similarity and matching logit, added); then its own texts."
+    "score (similarity, weighed, and matching logit, added); then its own texts."
 )
 
 
@@ -128,23 +128,31 @@ def _answer_examples(items: Sequence[Item], answers: Mapping[Any, str], scored: 
 
 
 def run_retrieval(
-    retriever: Retriever, pairs: Pairs, out: Path, *, k: int = 128, examples: int = 24, report: Report | None = None
+    retriever: Retriever,
+    pairs: Pairs,
+    out: Path,
+    *,
+    k: int = 128,
+    weight: float = 1.0,
+    examples: int = 24,
+    report: Report | None = None,
 ) -> dict[str, float]:
     """Find texts by pictures and pictures by texts; ``itc_*`` are the recalls before the best are matched.
 
     Writes ``recalls.json`` (as LAVIS's ``evaluate.txt``), ``scores.json`` and ``page.html``; ``matched/`` holds the
-    logits of pairs that a second run need not match again.
+    logits of pairs that a second run need not match again, not even for another ``weight`` of the similarity.
     """
     features = retriever.features(pairs.images, pairs.texts, report)
     similarity = features.similarity
     chosen = best_pairs(similarity, k)
     logits = match_in_parts(retriever, features, chosen, out / "matched", report)
-    to_text, to_image = rerank(similarity, chosen, logits, k)
+    to_text, to_image = rerank(similarity, chosen, logits, k, weight)
     found = recalls(to_text, to_image, pairs.texts_of, pairs.image_of)
     first = recalls(similarity, similarity.T, pairs.texts_of, pairs.image_of)
     scores = {**found, **{f"itc_{name}": value for name, value in first.items()}}
+    counts = {"images": len(pairs.images), "texts": len(pairs.texts)}
     write_json(out / "recalls.json", found)
-    write_json(out / "scores.json", {**scores, "images": len(pairs.images), "texts": len(pairs.texts)})
+    write_json(out / "scores.json", {**scores, **counts, "similarity_weight": weight})
     shown = _retrieval_examples(pairs, to_text, examples)
     write_examples(out / "page.html", TITLES["retrieval"], _recall_table(scores), shown, RETRIEVAL_NOTE)
     return scores

@@ -162,6 +162,9 @@ def test_only_the_best_of_each_row_are_matched() -> None:
     to_text, to_image = rerank(similarity, pairs, np.array([1, 2, 3, 4], np.float32), 1)
     np.testing.assert_allclose(to_text, [[1.9, -100, -100], [2.8, -100, -100]], rtol=1e-6)
     np.testing.assert_allclose(to_image, [[1.9, -100], [-100, 3.7], [-100, 4.3]], rtol=1e-6)
+    to_text, to_image = rerank(similarity, pairs, np.array([1, 2, 3, 4], np.float32), 1, weight=20)
+    np.testing.assert_allclose(to_text, [[19, -100, -100], [18, -100, -100]], rtol=1e-6)
+    np.testing.assert_allclose(to_image, [[19, -100], [-100, 17], [-100, 10]], rtol=1e-6)
 
 
 def test_errors_are_one_line(
@@ -175,6 +178,7 @@ def test_errors_are_one_line(
         (("--task", "retrieval", "--data", data), "retrieves nothing"),
         (("--task", "caption", "--data", tmp_path / "none.json"), "none.json: cannot be read"),
         (("--task", "caption", "--data", data, "--k", 0), "--k must be"),
+        (("--task", "caption", "--data", data, "--similarity-weight", "-1"), "--similarity-weight must be"),
         (("--task", "dance", "--data", data), "dance"),
     ):
         code, out, err = run(capsys, model_dir, *options, "--out", tmp_path / "out")
