@@ -74,15 +74,16 @@ def initial_params(config: ModelConfig, seed: int, places: float = PLACED) -> Pa
             return np.ones(shape, np.float32)
         if name in ("bias", "q_bias", "v_bias"):
             return np.zeros(shape, np.float32)
-        deviation = places if path == "vit/pos_embed" else spread(path, shape)
-        return rng.normal(size=shape).astype(np.float32) * np.float32(deviation)
+        return rng.normal(size=shape).astype(np.float32) * np.float32(spread(path, shape, places))
 
     return nest({path: draw(path, leaf.shape) for path, leaf in flatten(abstract_params(config)).items()})
 
 
-def spread(path: str, shape: tuple[int, ...]) -> float:
+def spread(path: str, shape: tuple[int, ...], places: float = PLACED) -> float:
     """The standard deviation of a matrix: one over the root of how many numbers are summed."""
     *_, part, name = path.split("/")
+    if path == "vit/pos_embed":
+        return places
     if path == "llama/embed_tokens/embedding":
         return 1.0  # what is read counts as much as what the blocks make of it
     if name != "kernel":

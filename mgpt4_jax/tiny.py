@@ -181,7 +181,8 @@ def _perform(step: Step, record: Path, *, quiet: bool) -> None:
     where = f" ({log})" if quiet else ""
     print(f"\n== {step.title}{where}\n$ mgpt4 {shlex.join(step.words)}", flush=True)
     start = time.monotonic()
-    log.parent.mkdir(exist_ok=True)
+    if quiet:
+        log.parent.mkdir(exist_ok=True)
     with log.open("a") if quiet else nullcontext() as output:
         child = subprocess.Popen([sys.executable, "-m", "mgpt4_jax.cli", *step.words], stdout=output, stderr=output)
         code = child.wait()  # Ctrl-C reaches it as well: a training saves before it ends
